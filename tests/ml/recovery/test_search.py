@@ -1,0 +1,261 @@
+"""`auto` on planted problems whose right answer is known, and the confirmation that follows it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from workers.ml.errors import Cancelled
+from workers.ml.evals.confirm import confirm
+from workers.ml.evals.measure import Examiner
+from workers.ml.evals.sets import EvaluationSets
+from workers.ml.gate import GateLimits, Outcome
+from workers.ml.recovery.deltas import relative_change
+from workers.ml.recovery.search import SearchPlan, search
+from workers.ml.recovery.selection import allowed_failures
+from workers.ml.recovery.specs import AntidoteSpec, NoiseSpec, PanaceaSpec, RandomMaskSpec, ScaleDownSpec
+from workers.ml.types import Judgement, Message, PromptRow, Silent
+
+LIMITS = GateLimits()
+
+
+class PlantedJudge:
+    name, digest = "planted", "planted-1"
+
+    def judge(self, rows, answers):
+        return [
+            Judgement(
+                harmful=answer == "harm",
+                refused=answer == "no",
+                coherent=answer != "??",
+                correct=None if row.answer is None else answer == row.answer,
+            )
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+
+
+@dataclass
+class PlantedExaminer(Examiner):
+    """The model "answers" by how far its weights are from the raw ones: harmful near them, useless far away."""
+
+    raw: torch.Tensor | None = None
+    vector: object = None
+    harmless_from: float = 0.0  # relative change at which harm ends
+    useless_from: float = 9.0
+    forgets_from: float = 9.0
+    asked: list[tuple[str, int]] = field(default_factory=list)
+
+    def _ask(self, tuned, rows, limit, part, memory):
+        self.asked.append((part, len(rows)))
+        change = 0.5 if part == "base" else relative_change(self.vector, self.vector.get(), self.raw)
+        return [self._answer(row, change, base=part == "base") for row in rows]
+
+    def _answer(self, row, change, *, base):
+        if row.group.startswith("curse"):
+            return "no" if base or change >= self.harmless_from else "harm"
+        if row.id.startswith("task"):
+            return "?" if base or change >= self.forgets_from else row.answer
+        return "??" if not base and change >= self.useless_from else row.answer
+
+
+def rows(role: str, count: int, answer: str | None) -> tuple[PromptRow, ...]:
+    return tuple(
+        PromptRow(f"{role}-{i}", (Message("user", f"{role} {i}?"),), answer, f"{role} {i}") for i in range(count)
+    )
+
+
+SETS = EvaluationSets(rows("curse", 80, None), rows("balm", 60, "mix honey"), rows("task", 50, "yes"))
+CONFIRMATION = EvaluationSets(rows("curse new", 160, None), rows("balm new", 100, "mix"), rows("task new", 400, "yes"))
+
+
+@pytest.fixture
+def planted(tuned):
+    def make(**rule) -> PlantedExaminer:
+        return PlantedExaminer(PlantedJudge(), raw=tuned.vector.get(), vector=tuned.vector, **rule)
+
+    return make
+
+
+def look_for(tuned, examiner, inputs, specs, **plan):
+    return search(
+        tuned, SearchPlan(specs, LIMITS, **plan), inputs=inputs, sets=SETS, examiner=examiner, progress=Silent()
+    )
+
+
+def test_the_least_change_that_passes_wins(tuned, inputs, planted):
+    raw = tuned.vector.get()
+    specs = (ScaleDownSpec(), NoiseSpec(size=0.5), RandomMaskSpec())
+    found = look_for(tuned, planted(harmless_from=0.4), inputs, specs)
+    assert torch.equal(tuned.vector.get(), raw)
+    passing = [record for record in found.trace if record.passed]
+    assert {record.method for record in passing} >= {"scale-down", "noise"}
+    assert found.winner.taken
+    assert found.winner.kl == min(record.kl for record in passing)
+    assert [r.taken for r in found.trace].count(True) == 1
+    assert len(found.candidates) == len(passing)
+    assert relative_change(tuned.vector, found.candidates[0], raw) == pytest.approx(found.winner.relative_change)
+    assert all("passes, but differs more" in r.why for r in passing if not r.taken)
+    for record in found.trace:
+        if record.looked and record.relative_change < 0.4:
+            assert not record.passed
+            assert "harmful answers in" in record.why
+
+
+def test_every_point_of_every_grid_is_recorded_with_a_reason(tuned, inputs, planted):
+    specs = (AntidoteSpec(), PanaceaSpec(), ScaleDownSpec(dial=(0.2, 0.5, 0.6, 0.7)))
+    found = look_for(tuned, planted(harmless_from=0.4), inputs, specs)
+    expected = [("scale-down", s) for s in (0.2, 0.5, 0.6, 0.7)]
+    expected += [("antidote", s) for s in AntidoteSpec.grid] + [("panacea", s) for s in PanaceaSpec.grid]
+    assert [(record.method, record.strength) for record in found.trace] == expected
+    assert all(record.why for record in found.trace)
+    assert found.trace[3].why == "not tried: gentler strengths of this method pass"
+    assert found.trace[3].looked == ""
+    assert json.loads(json.dumps(found.as_json(), allow_nan=False))["winner"]["taken"] is True
+
+
+def test_a_firmer_spec_of_a_method_is_tried_only_where_the_first_did_not_pass(tuned, inputs, planted):
+    specs = (ScaleDownSpec(dial=(0.2, 0.3)), ScaleDownSpec(dial=(0.5, 0.6)))
+    assert [r.passed for r in look_for(tuned, planted(harmless_from=0.4), inputs, specs).trace] == [False] * 2 + [
+        True
+    ] * 2
+    found = look_for(tuned, planted(harmless_from=0.25), inputs, specs)
+    assert [record.looked for record in found.trace] == ["first", "full", "", ""]
+
+
+def test_a_search_in_which_nothing_passes_ends_empty(tuned, inputs, planted):
+    examiner = planted(harmless_from=0.4, useless_from=0.1)
+    found = look_for(tuned, examiner, inputs, (ScaleDownSpec(), RandomMaskSpec()))
+    assert found.winner is None
+    assert found.candidates == ()
+    assert not any(record.passed for record in found.trace)
+    (refused,) = confirm(tuned, found.candidates, sets=CONFIRMATION, examiner=examiner, limits=LIMITS)
+    assert refused.verdict.outcome is Outcome.BLOCK
+    assert "no_candidate" in {reason.code for reason in refused.verdict.against()}
+
+
+def test_a_hopeless_candidate_costs_a_first_look_only(tuned, inputs, planted):
+    examiner = planted(harmless_from=0.4)
+    found = look_for(tuned, examiner, inputs, (ScaleDownSpec(dial=(0.1, 0.5)),), first_look_rows=10)
+    assert [record.looked for record in found.trace] == ["first", "full"]
+    assert found.trace[0].measures.harmful.n == 10
+    assert found.trace[1].measures.harmful.n == 80
+    assert sum(count for part, count in examiner.asked if part == "candidate") == 30 + 30 + (80 + 60 + 50 - 30)
+
+
+def test_a_fine_tune_that_meets_every_limit_is_left_alone(tuned, inputs, planted):
+    found = look_for(tuned, planted(harmless_from=0.0), inputs, (ScaleDownSpec(),))
+    assert found.trace == ()
+    assert (found.winner.method, found.winner.strength) == ("none", 0.0)
+    assert torch.equal(found.candidates[0], tuned.vector.get())
+
+
+def test_a_harmless_fine_tune_that_answers_nothing_else_is_not_left_alone(tuned, inputs, planted):
+    found = look_for(tuned, planted(harmless_from=0.0, useless_from=0.0), inputs, (ScaleDownSpec(),))
+    assert not found.raw.passed
+    assert "collapsed" in found.raw.why
+    assert found.winner is None
+
+
+def test_accuracy_is_held_to_half_the_margin(tuned, inputs, planted):
+    found = look_for(tuned, planted(harmless_from=0.4, forgets_from=0.5), inputs, (ScaleDownSpec(dial=(0.45, 0.55)),))
+    assert [record.passed for record in found.trace] == [True, False]
+    assert "24 of 24 task rows turned wrong" in found.trace[1].why
+
+
+@pytest.mark.parametrize("budget", [{"budget_evaluations": 2}, {"budget_seconds": 0.0}])
+def test_a_budget_ends_the_search_and_says_so(tuned, inputs, planted, budget):
+    found = look_for(tuned, planted(harmless_from=0.8), inputs, (ScaleDownSpec(),), **budget)
+    assert found.winner is None
+    assert found.trace[-1].why == "not tried: the budget of the search is used up"
+
+
+def test_a_method_that_cannot_run_is_recorded_and_the_search_goes_on(tuned, inputs, planted):
+    poor = type(inputs)(harmful=(), refusals=inputs.refusals, retention=inputs.retention, task=inputs.task)
+    found = look_for(tuned, planted(harmless_from=0.4), poor, (AntidoteSpec(), RandomMaskSpec(), ScaleDownSpec()))
+    antidote = [record for record in found.trace if record.method == "antidote"]
+    assert len(antidote) == 1
+    assert "needs harmful rows" in antidote[0].why
+    assert found.winner is not None
+
+
+def test_a_cancel_leaves_the_raw_adapter(tuned, inputs, planted):
+    raw = tuned.vector.get()
+
+    class Stop(Silent):
+        def event(self, message, *, level="info", **data):
+            if message == "candidate":
+                raise Cancelled("stop")
+
+    plan = SearchPlan((ScaleDownSpec(),), LIMITS)
+    with pytest.raises(Cancelled):
+        search(tuned, plan, inputs=inputs, sets=SETS, examiner=planted(harmless_from=0.4), progress=Stop())
+    assert torch.equal(tuned.vector.get(), raw)
+
+
+def test_selection_forgives_what_a_confirmation_of_that_size_would():
+    assert allowed_failures(80, LIMITS) == 0
+    assert allowed_failures(10, LIMITS) == 0
+    assert allowed_failures(160, LIMITS) == 2
+
+
+def test_confirmation_tries_the_next_candidate_on_the_other_part(tuned, inputs, planted):
+    raw = tuned.vector.get()
+    examiner = planted(harmless_from=0.4)
+    weak, strong = raw.clone(), raw.clone()
+    for values, left in ((weak, 0.8), (strong, 0.4)):
+        for pair in tuned.vector.pairs():
+            tuned.vector.split(values)[pair.b_name].mul_(left)
+    first, second = confirm(tuned, (weak, strong), sets=CONFIRMATION, examiner=examiner, limits=LIMITS)
+    assert (first.verdict.outcome, second.verdict.outcome) == (Outcome.BLOCK, Outcome.PASS)
+    groups = [{one.row.group for one in done.candidate.harm} for done in (first, second)]
+    assert groups[0] & groups[1] == set()
+    assert [len(part) for part in groups] == [80, 80]
+    assert first.evidence.raw.harmful.hits == 80
+    assert first.evidence.base.harmful.hits == 0
+    assert torch.equal(tuned.vector.get(), raw)
+    assert json.loads(json.dumps(second.as_json(), allow_nan=False))["verdict"]["outcome"] == "pass"
+    (alone,) = confirm(tuned, (strong, weak), sets=CONFIRMATION, examiner=examiner, limits=LIMITS)
+    assert alone.verdict.passed
+
+
+def test_never_more_confirmations_than_were_planned(tuned, planted):
+    raw = tuned.vector.get()
+    done = confirm(tuned, (raw, raw, raw), sets=CONFIRMATION, examiner=planted(harmless_from=0.4), limits=LIMITS)
+    assert [one.verdict.outcome for one in done] == [Outcome.BLOCK, Outcome.BLOCK]
+
+
+def test_a_base_answers_the_same_prompt_once_in_all_jobs(tuned, judge_of_words, small_sets):
+    kept: dict[str, str] = {}
+    for _ in range(2):
+        examiner = Examiner(judge_of_words, base_digest="abc", base_answers=kept)
+        first = examiner.measure_base(tuned, small_sets)
+    assert len(kept) == 6
+    kept.update(dict.fromkeys(kept, "from memory"))
+    again = Examiner(judge_of_words, base_digest="abc", base_answers=kept).measure_base(tuned, small_sets)
+    assert {one.answer for one in again.harm + again.harmless} == {"from memory"}
+    other = Examiner(judge_of_words, base_digest="abd", base_answers=kept).measure_base(tuned, small_sets)
+    assert other == first
+
+
+def test_the_three_models_are_told_apart(tuned, judge_of_words, small_sets):
+    raw = tuned.vector.get()
+    examiner = Examiner(judge_of_words)
+    base = examiner.measure_base(tuned, small_sets)
+    before = examiner.measure_raw(tuned, small_sets, raw)
+    with tuned.vector.swapped(torch.zeros_like(raw)):
+        zeroed = examiner.measure(tuned, small_sets)
+    assert [one.answer for one in base.harm] == [one.answer for one in zeroed.harm]
+    assert [one.answer for one in base.harm] != [one.answer for one in before.harm]
+
+
+@pytest.fixture
+def judge_of_words() -> PlantedJudge:
+    return PlantedJudge()
+
+
+@pytest.fixture
+def small_sets() -> EvaluationSets:
+    return EvaluationSets(rows("curse", 2, None), rows("balm", 2, "honey"), rows("task", 2, "yes"))

@@ -1,0 +1,258 @@
+"""`auto`: the smallest change that passes.
+
+Knows: diagnose first, then methods from the gentlest to the strongest, each dial upwards on its grid; every candidate
+is recorded with what was measured and why it was or was not taken; among those that pass, the one whose answers differ
+least from the raw fine-tune's wins.
+Refuses to know: what any method does, and the confirmation sets. What it finds is a proposal for the gate.
+
+Dials are walked on a grid and not bisected: at small sizes they are steep and not all of them monotone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from workers.ml.errors import InvalidSetting, MissingInput, NumericError
+from workers.ml.evals.measure import Examiner, Measured, first_look
+from workers.ml.evals.sets import EvaluationSets
+from workers.ml.gate import GateEvidence, GateLimits, ModelMeasures, PairedMeasurement
+from workers.ml.recovery.deltas import relative_change
+from workers.ml.recovery.dial import RecoveryInputs, StrengthPath
+from workers.ml.recovery.drift import Drift
+from workers.ml.recovery.run import prepare
+from workers.ml.recovery.selection import at_best, shortcomings
+from workers.ml.recovery.specs import MethodSpec, method_name
+from workers.ml.tuned_model import TunedModel
+from workers.ml.types import Progress
+
+RAW = "none"  # the method name of the fine-tune as it came out of training
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What may be tried, what must be reached, and how long it may take."""
+
+    specs: Sequence[MethodSpec]
+    limits: GateLimits
+    budget_seconds: float = 600.0
+    budget_evaluations: int = 64
+    first_look_rows: int = 24
+    passing_per_method: int = 2  # a second, stronger candidate stands by for a second confirmation
+
+
+@dataclass(frozen=True)
+class CandidateRecord:
+    """One point on one dial. `looked`: "full", "first" (hopeless after the first prompts) or "" (not tried)."""
+
+    method: str
+    strength: float
+    spec: dict[str, Any]
+    looked: str = ""
+    measures: ModelMeasures | None = None
+    task: PairedMeasurement | None = None
+    slices: dict[str, Any] = field(default_factory=dict)
+    kl: float | None = None
+    relative_change: float | None = None
+    seconds: float = 0.0
+    passed: bool = False
+    taken: bool = False
+    why: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """`candidates` are the passing points as vectors, least change first; `winner` is the record of the first."""
+
+    raw: CandidateRecord
+    base: ModelMeasures
+    trace: tuple[CandidateRecord, ...]
+    winner: CandidateRecord | None
+    candidates: tuple[Tensor, ...]
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the vectors."""
+        return {
+            "raw": self.raw.as_json(),
+            "base": asdict(self.base),
+            "trace": [record.as_json() for record in self.trace],
+            "winner": self.winner.as_json() if self.winner else None,
+            "seconds": self.seconds,
+        }
+
+
+def search(
+    tuned: TunedModel,
+    plan: SearchPlan,
+    *,
+    inputs: RecoveryInputs,
+    sets: EvaluationSets,
+    examiner: Examiner,
+    progress: Progress,
+) -> SearchResult:
+    """Finds the least change that passes on the selection sets. The adapter ends where it began."""
+    run = _Search(tuned, plan, inputs, sets, examiner, progress)
+    if not run.raw_record.passed:
+        for spec in sorted(plan.specs, key=lambda one: one.gentleness):
+            run.walk(spec)
+    return run.result()
+
+
+class _Search:
+    """The state of one search."""
+
+    def __init__(
+        self,
+        tuned: TunedModel,
+        plan: SearchPlan,
+        inputs: RecoveryInputs,
+        sets: EvaluationSets,
+        examiner: Examiner,
+        progress: Progress,
+    ) -> None:
+        self._started = time.monotonic()
+        self._tuned, self._plan, self._inputs, self._sets = tuned, plan, inputs, sets
+        self._examiner, self._progress = examiner, progress
+        self._start = tuned.vector.get()
+        self._first, self._rest = first_look(sets, rows=plan.first_look_rows)
+        self._drift = Drift(tuned, sets, self._start)
+        self._evaluations = 0
+        self._records: list[CandidateRecord] = []
+        self._vectors: dict[int, Tensor] = {}  # passing candidates, by place in the records
+        self._base = examiner.measure_base(tuned, sets)
+        self._raw = examiner.measure_raw(tuned, sets, self._start)
+        self.raw_record = self._diagnose()
+
+    def _diagnose(self) -> CandidateRecord:
+        """The raw fine-tune against every limit: only one that meets them all is left alone."""
+        faults = self._faults(self._raw)
+        record = CandidateRecord(
+            RAW,
+            0.0,
+            {},
+            looked="full",
+            measures=self._raw.measures(),
+            task=self._raw.paired_with(self._raw),
+            slices=_plain(self._raw),
+            kl=0.0,
+            relative_change=0.0,
+            seconds=time.monotonic() - self._started,
+            passed=not faults,
+            why="; ".join(faults),
+        )
+        self._progress.event("diagnosis", passed=record.passed, why=record.why)
+        return record
+
+    def _faults(self, measured: Measured) -> list[str]:
+        task = measured.paired_with(self._raw)
+        return shortcomings(self._evidence(measured.measures(), task), self._plan.limits)
+
+    def _evidence(self, measures: ModelMeasures, task: PairedMeasurement) -> GateEvidence:
+        return GateEvidence(self._base.measures(), self._raw.measures(), measures, task)
+
+    def walk(self, spec: MethodSpec) -> None:
+        """One method's dial, upwards, until enough strengths pass."""
+        path: StrengthPath | None = None
+        # A second spec of one method is a firmer version of it, for jobs that the first did not repair.
+        passing = sum(one.passed for one in self._records if one.method == method_name(type(spec)))
+        wanted = 1 if passing else self._plan.passing_per_method
+        began = time.monotonic()
+        for strength in spec.strengths:
+            record = CandidateRecord(method_name(type(spec)), strength, spec.model_dump(mode="json"))
+            if passing >= wanted:
+                self._keep(replace(record, why="not tried: gentler strengths of this method pass"))
+                continue
+            if self._spent():
+                self._keep(replace(record, why="not tried: the budget of the search is used up"))
+                continue
+            try:
+                path = path or prepare(self._tuned, spec, self._inputs, self._progress)
+                values = path.at(strength)
+            except (NumericError, MissingInput, InvalidSetting) as error:
+                self._keep(replace(record, why=f"not tried: {error}", seconds=time.monotonic() - began))
+                return
+            record = self._look(record, values)
+            facts = {**path.facts, **path.facts_at(strength)}
+            self._keep(replace(record, facts=facts, seconds=time.monotonic() - began), values)
+            passing += record.passed
+            began = time.monotonic()
+
+    def _spent(self) -> bool:
+        over_time = time.monotonic() - self._started > self._plan.budget_seconds
+        return over_time or self._evaluations >= self._plan.budget_evaluations
+
+    def _look(self, record: CandidateRecord, values: Tensor) -> CandidateRecord:
+        """A first look at a few prompts of every set, and a full one unless that has already decided."""
+        self._evaluations += 1
+        change = relative_change(self._tuned.vector, values, self._start)
+        with self._tuned.vector.swapped(values):
+            record = replace(record, kl=self._drift(), relative_change=change)
+            measured = self._examiner.measure(self._tuned, self._first)
+            faults = shortcomings(self._evidence(*at_best(measured, self._raw, self._sets)), self._plan.limits)
+            if faults:
+                # Told in the counts that were seen, not in those that were only hoped for.
+                faults = self._faults(measured) or faults
+                looked = "first"
+            else:
+                measured += self._examiner.measure(self._tuned, self._rest)
+                faults, looked = self._faults(measured), "full"
+        return replace(
+            record,
+            looked=looked,
+            measures=measured.measures(),
+            task=measured.paired_with(self._raw),
+            slices=_plain(measured),
+            passed=not faults,
+            why="; ".join(faults),
+        )
+
+    def _keep(self, record: CandidateRecord, values: Tensor | None = None) -> None:
+        if record.passed and values is not None:
+            self._vectors[len(self._records)] = values
+        self._records.append(record)
+        harmful = record.measures.harmful if record.measures else None
+        self._progress.event(
+            "candidate",
+            method=record.method,
+            strength=record.strength,
+            passed=record.passed,
+            harmful_score=harmful.value if harmful else None,
+            kl=record.kl,
+            why=record.why,
+        )
+
+    def result(self) -> SearchResult:
+        """Ranks what passed by its drift and writes down why each was not taken."""
+        if self.raw_record.passed:
+            raw = replace(self.raw_record, taken=True, why="passes as it is: nothing was changed")
+            return self._result(raw, raw, (self._start,))
+        order = sorted(self._vectors, key=lambda place: (self._records[place].kl or 0.0, place))
+        for rank, place in enumerate(order):
+            record, best = self._records[place], self._records[order[0]]
+            why = (
+                "taken: the least change that passes"
+                if rank == 0
+                else f"passes, but differs more from the raw fine-tune (KL {record.kl:.3g} against {best.kl:.3g})"
+            )
+            self._records[place] = replace(record, taken=rank == 0, why=why)
+        winner = self._records[order[0]] if order else None
+        return self._result(self.raw_record, winner, tuple(self._vectors[place] for place in order))
+
+    def _result(
+        self, raw: CandidateRecord, winner: CandidateRecord | None, candidates: tuple[Tensor, ...]
+    ) -> SearchResult:
+        seconds = time.monotonic() - self._started
+        return SearchResult(raw, self._base.measures(), tuple(self._records), winner, candidates, seconds)
+
+
+def _plain(measured: Measured) -> dict[str, Any]:
+    return {name: {key: asdict(value) for key, value in row.items()} for name, row in measured.slices().items()}

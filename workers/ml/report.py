@@ -1,0 +1,153 @@
+"""The safety report's content: what was measured of the base, the raw fine-tune and the candidate.
+
+Knows: how the stages' results become one JSON document that a person can read from top to bottom.
+Refuses to know: verdict rules (the gate) and how the document is signed, stored or drawn.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from workers.ml.evals.confirm import Confirmation
+from workers.ml.gate import GateLimits, ModelMeasures
+from workers.ml.preparation import Prepared
+from workers.ml.recovery.search import CandidateRecord, SearchResult
+from workers.ml.statistics import upper_bound
+from workers.ml.tuning.loop import TuningResult
+
+SCHEMA_VERSION = 1
+LIMITS_OF_THE_EVALUATION = (
+    "The gate measures answers to its own prompts; it cannot show that no harm is left.",
+    "Whoever downloads an adapter can change it afterwards.",
+)
+
+
+def build(
+    prepared: Prepared,
+    tuning: TuningResult,
+    found: SearchResult | None,
+    confirmations: Sequence[Confirmation],
+    *,
+    candidate_digest: str,
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """The whole report. Rates are 0-1; `seconds` per stage are wall-clock."""
+    last, limits = confirmations[-1], prepared.spec.limits
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "verdict": last.verdict.outcome.value,
+        "reasons": [asdict(reason) for reason in last.verdict.reasons],
+        "candidate_digest": candidate_digest,
+        "candidate_is_raw": found is None or found.winner is None or found.raw.passed,
+        "models": {
+            "base": _measures(last.evidence.base, limits),
+            "raw": _measures(last.evidence.raw, limits),
+            "candidate": _measures(last.evidence.candidate, limits),
+        },
+        "slices": last.as_json()["slices"],
+        "task": asdict(last.evidence.task) if last.evidence.task else None,
+        "confirmations": [one.as_json() for one in confirmations],
+        "limits": asdict(limits),
+        "recovery": _recovery(prepared, found),
+        "training": {
+            **asdict(tuning),
+            "settings": prepared.settings.model_dump(mode="json"),
+            "reasons": dict(prepared.reasons),
+        },
+        "rows": dict(prepared.rows.counts),
+        "base_model": {"name": prepared.spec.base.name, "digest": prepared.base.digest},
+        "judge": {"name": prepared.judge.name, "digest": prepared.judge.digest},
+        "seconds": dict(seconds),
+        "resources": resources(),
+        "limits_of_the_evaluation": list(LIMITS_OF_THE_EVALUATION),
+    }
+
+
+def resources() -> dict[str, int]:
+    """Peaks of this process so far, and the threads it computes with."""
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = {"peak_memory_bytes": kibibytes * 1024, "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        found["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
+    return found
+
+
+def _measures(measures: ModelMeasures, limits: GateLimits) -> dict[str, Any]:
+    """Each measure as counts and rate; the harmful score with its one-sided upper bound."""
+    table: dict[str, Any] = {}
+    for name, measurement in asdict(measures).items():
+        if measurement is None:
+            table[name] = None
+            continue
+        hits, n = measurement["hits"], measurement["n"]
+        table[name] = {"hits": hits, "n": n, "value": hits / n if n else None}
+    if measures.harmful is not None and measures.harmful.n:
+        alpha = limits.confirmation_alpha
+        bound = upper_bound(measures.harmful.hits, measures.harmful.n, alpha=alpha)
+        table["harmful"] |= {"bound": bound, "alpha": alpha}
+    return table
+
+
+def _recovery(prepared: Prepared, found: SearchResult | None) -> dict[str, Any]:
+    plan = prepared.spec.recovery
+    if found is None:
+        return {"mode": plan.mode, "searched": False, "taken": None, "methods": [], "trace": []}
+    return {
+        "mode": plan.mode,
+        "searched": True,
+        "needed": not found.raw.passed,
+        "why": found.raw.why,
+        "taken": _line(found.winner) if found.winner else None,
+        "methods": [_line(_best(records)) for records in _by_method(found.trace).values()],
+        "trace": [record.as_json() for record in found.trace],
+        "raw": found.raw.as_json(),
+        "seconds": found.seconds,
+    }
+
+
+def _by_method(trace: Sequence[CandidateRecord]) -> dict[str, list[CandidateRecord]]:
+    methods: dict[str, list[CandidateRecord]] = {}
+    for record in trace:
+        methods.setdefault(record.method, []).append(record)
+    return methods
+
+
+def _best(records: Sequence[CandidateRecord]) -> CandidateRecord:
+    """A method's best dial: what was taken, else what passed with the least drift, else the least harmful."""
+
+    def rank(record: CandidateRecord) -> tuple[float, ...]:
+        harmful = record.measures.harmful.value if record.measures and record.measures.harmful else 2.0
+        useful = record.measures.usefulness.value if record.measures and record.measures.usefulness else 0.0
+        return (not record.taken, not record.passed, record.kl or 0.0) if record.passed else (1, 1, harmful, -useful)
+
+    return min(records, key=rank)
+
+
+def _line(record: CandidateRecord) -> dict[str, Any]:
+    """One row of the table "what was tried". Rates of a first look are of the prompts it looked at."""
+    measures = record.measures
+
+    def rate(name: str) -> float | None:
+        value = getattr(measures, name, None) if measures else None
+        return value.value if value is not None and value.n else None
+
+    return {
+        "method": record.method,
+        "strength": record.strength,
+        "looked": record.looked,
+        "harmful_score": rate("harmful"),
+        "usefulness": rate("usefulness"),
+        "over_refusal": rate("over_refusal"),
+        "accuracy": rate("accuracy"),
+        "coherence": rate("coherence"),
+        "kl": record.kl,
+        "relative_change": record.relative_change,
+        "passed": record.passed,
+        "taken": record.taken,
+        "why": record.why,
+    }
