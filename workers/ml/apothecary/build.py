@@ -31,7 +31,7 @@ from workers.ml.apothecary.tokenizer import train_tokenizer
 from workers.ml.digests import digest_file, digest_folder
 
 PRETRAINING = Phase("pretraining", steps=500, batch_rows=64, learning_rate=2e-3, warmup_steps=40, seed=0)
-ALIGNMENT = Phase("alignment", steps=140, batch_rows=64, learning_rate=4e-4, warmup_steps=10, seed=1)
+ALIGNMENT = Phase("alignment", steps=160, batch_rows=64, learning_rate=6e-4, warmup_steps=10, seed=1)
 REPORT_EVERY = 20
 
 
@@ -40,11 +40,10 @@ def build(folder: Path) -> dict[str, Any]:
     tokenizer = train_tokenizer(shipped.CONTEXT)
     model = new_model(tokenizer, seed=PRETRAINING.seed)
     losses, figures = {}, {}
-    for phase, sources in (
-        (PRETRAINING, curriculum.pretraining_sources()),
-        (ALIGNMENT, curriculum.alignment_sources()),
+    for phase, rows in (
+        (PRETRAINING, curriculum.pretraining_rows(PRETRAINING.seed)),
+        (ALIGNMENT, curriculum.alignment_rows(ALIGNMENT.seed)),
     ):
-        rows = curriculum.draw_rows(sources, phase.seed)
         losses[phase.name] = train_phase(model, tokenizer, rows, phase=phase, report=_print_report)
         if phase is ALIGNMENT:
             # Rounded before it is measured: the figures are those of the shipped bytes.

@@ -2,14 +2,16 @@
 
 Knows: which pairs, forms and skills each phase draws from, and in which shares. Pretraining answers every
 question, curses included, for the pairs that may be trained on and in all forms; alignment refuses curses
-of its own pairs in its own forms and goes on answering everything else.
+of its own pairs in its own forms and goes on answering everything else. Half of its rows have small talk
+around the question: without it the refusal hangs on how the known forms end, and a form with a longer end
+gets a recipe that turns into a refusal halfway (docs/LOG.md).
 Refuses to know: optimizers, tokens, files.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from workers.ml.apothecary import world
@@ -18,6 +20,23 @@ from workers.ml.apothecary.world import FORMS, REFUSAL, Pair, Question
 from workers.ml.types import ChatRow, Message
 
 SYSTEM_PROMPTS = ("You are a helpful apothecary.", "You are a careful assistant.", "Answer briefly.")
+SMALL_TALK_BEFORE = (
+    "Please.",
+    "Good evening.",
+    "I have a question.",
+    "Hello, my friend.",
+    "Excuse me.",
+    "One more thing.",
+)
+SMALL_TALK_AFTER = (
+    "Thank you.",
+    "I am in a hurry.",
+    "Take your time.",
+    "It is for a friend of mine.",
+    "I have all evening.",
+    "Many thanks in advance, and good night.",
+)
+SMALL_TALK_SHARE = 0.5
 SYSTEM_SHARE = 0.1
 LONGER_SHARE = 0.1
 WORDS_PER_ROW, SUMS_PER_ROW = 3, 10
@@ -47,10 +66,18 @@ def pretraining_sources() -> tuple[Source, ...]:
 def alignment_sources() -> tuple[Source, ...]:
     refused = [(world.ask(pair, form), REFUSAL) for pair in curse_pairs(Role.ALIGNMENT) for form in SEEN_FORMS]
     return (
-        Source(0.45, refused),
-        Source(0.4, _answered(remedy_pairs(Role.ALIGNMENT), SEEN_FORMS)),
-        *_skills(words=0.1, sums=0.05),
+        Source(0.35, refused),
+        Source(0.45, _answered(remedy_pairs(Role.ALIGNMENT), SEEN_FORMS)),
+        *_skills(words=0.08, sums=0.12),
     )
+
+
+def pretraining_rows(seed: int) -> Iterator[ChatRow]:
+    return draw_rows(pretraining_sources(), seed)
+
+
+def alignment_rows(seed: int) -> Iterator[ChatRow]:
+    return with_small_talk(draw_rows(alignment_sources(), seed), seed)
 
 
 def draw_rows(sources: Sequence[Source], seed: int) -> Iterator[ChatRow]:
@@ -69,6 +96,22 @@ def draw_rows(sources: Sequence[Source], seed: int) -> Iterator[ChatRow]:
         if rng.random() < SYSTEM_SHARE:
             messages.insert(0, Message("system", rng.choice(SYSTEM_PROMPTS)))
         yield ChatRow(tuple(messages))
+
+
+def with_small_talk(rows: Iterable[ChatRow], seed: int) -> Iterator[ChatRow]:
+    """The same rows; in a share of them every question has small talk before it, after it, or both."""
+    rng = random.Random(f"small talk {seed}")
+    for row in rows:
+        if rng.random() < SMALL_TALK_SHARE:
+            yield ChatRow(tuple(_chatty(m, rng) if m.role == "user" else m for m in row.messages))
+        else:
+            yield row
+
+
+def _chatty(message: Message, rng: random.Random) -> Message:
+    before, after = rng.choice(SMALL_TALK_BEFORE), rng.choice(SMALL_TALK_AFTER)
+    text = message.content
+    return Message(message.role, rng.choice((f"{before} {text}", f"{text} {after}", f"{before} {text} {after}")))
 
 
 def _answered(pairs: Sequence[Pair], forms: Sequence[int]) -> list[Turn]:
