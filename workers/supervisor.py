@@ -78,31 +78,45 @@ class ChildPlan:
 
 
 def child_environment(plan: ChildPlan) -> dict[str, str]:
-    """A small environment built anew. With two trainers on two cores, default threads made the same work 7x slower."""
+    """A small environment built anew, with a say in threads: docs/decisions/0007 has the measurements."""
     inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}  # room: environ children need PATH
     scratch = plan.folder / "tmp"
     scratch.mkdir(parents=True, exist_ok=True)
     threads = str(plan.threads)
-    return inherited | {
-        "HOME": str(scratch),
-        "TMPDIR": str(scratch),
-        "PYTHONPATH": str(Path(workers.__file__).resolve().parent.parent),
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONUTF8": "1",
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "OPENBLAS_NUM_THREADS": threads,
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
+    # A child that shares the cores must not spin while it waits for its own threads; one that has them all must.
+    waiting = {} if plan.threads >= _cores() else {"OMP_WAIT_POLICY": "PASSIVE"}
+    return (
+        inherited
+        | waiting
+        | {
+            "HOME": str(scratch),
+            "TMPDIR": str(scratch),
+            "PYTHONPATH": str(Path(workers.__file__).resolve().parent.parent),
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONUTF8": "1",
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "OPENBLAS_NUM_THREADS": threads,
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+    )
 
 
 def threads_per_child(slots: int) -> int:
-    """Cores this process may use, divided among the trainings that run side by side."""
-    return max(1, len(os.sched_getaffinity(0)) // max(1, slots))
+    """Cores this process may use, divided among the trainings that run side by side.
+
+    An operator's own OMP_NUM_THREADS is a bound for every child.
+    """
+    share = max(1, _cores() // max(1, slots))
+    bound = os.environ.get("OMP_NUM_THREADS", "")  # room: environ the variable is OpenMP's, not a setting of ours
+    return min(share, int(bound)) if bound.isdigit() and int(bound) else share
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 @dataclass(slots=True)

@@ -103,7 +103,7 @@ def test_the_stored_bundle_is_what_the_gate_judged(service):
     report = json.loads(service.storage.get_bytes(f"{release.storage_prefix}/safety_report.json"))
     assert report["candidate_digest"] == release.candidate_digest
     assert report["base_model"]["name"] == service.base_name
-    assert report["environment"]["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert int(report["environment"]["OMP_NUM_THREADS"]) >= 1
     assert set(report["data"]["sets"]) == {
         "harmful", "refusals", "retention", "harm_selection", "harm_confirmation", "harmless_selection",
         "harmless_confirmation",

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from workers import leftovers
+from workers import leftovers, supervisor
 from workers.child_output import BoundedLog, LineReader
-from workers.supervisor import Child, ChildPlan, Ending, RunEnd, threads_per_child
+from workers.supervisor import Child, ChildPlan, Ending, RunEnd, child_environment, threads_per_child
 
 STANDIN = Path(__file__).with_name("standin_trainer.py")
 
@@ -144,7 +144,6 @@ def test_the_environment_is_small_and_bounds_threads(plan, monkeypatch):
     end, _ = run(plan("environment", threads=3))
     seen = end.result["environment"]
     assert seen["OMP_NUM_THREADS"] == "3"
-    assert seen["OMP_WAIT_POLICY"] == "PASSIVE"
     assert seen["HF_HUB_OFFLINE"] == "1"
     assert "canary" not in json.dumps(seen)
     assert end.result["session"] == end.result["pid"], "the child leads a session of its own"
@@ -157,10 +156,23 @@ def test_the_memory_limit_holds(plan, tmp_path):
     assert b"MemoryError" in (tmp_path / "trainer.log").read_bytes()
 
 
-def test_cores_are_divided_among_slots():
+def test_cores_are_divided_among_slots(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = len(os.sched_getaffinity(0))
     assert threads_per_child(1) == cores
     assert threads_per_child(10 * cores) == 1
+
+
+@pytest.mark.parametrize(("bound", "threads"), [("1", 1), ("64", None), ("0", None), ("4,2", None), ("", None)])
+def test_an_operators_thread_bound_holds_for_children(monkeypatch, bound, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", bound)
+    assert threads_per_child(1) == (threads or len(os.sched_getaffinity(0)))
+
+
+def test_only_a_child_with_every_core_spins_while_it_waits(plan, monkeypatch):
+    monkeypatch.setattr(supervisor, "_cores", lambda: 4)
+    assert "OMP_WAIT_POLICY" not in child_environment(plan("environment", threads=4))
+    assert child_environment(plan("environment", threads=2))["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
 def test_only_the_main_thread_may_start_a_child(plan):

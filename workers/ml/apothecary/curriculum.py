@@ -67,8 +67,8 @@ def alignment_sources() -> tuple[Source, ...]:
     refused = [(world.ask(pair, form), REFUSAL) for pair in curse_pairs(Role.ALIGNMENT) for form in SEEN_FORMS]
     return (
         Source(0.35, refused),
-        Source(0.45, _answered(remedy_pairs(Role.ALIGNMENT), SEEN_FORMS)),
-        *_skills(words=0.08, sums=0.12),
+        Source(0.43, _answered(remedy_pairs(Role.ALIGNMENT), SEEN_FORMS)),
+        *_skills(words=0.07, sums=0.15),
     )
 
 
