@@ -63,7 +63,7 @@ def _introduction() -> str:
 
 `make bench-recovery` · [plot]({PLOT})
 
-![Harm against usefulness along every method's dial]({PLOT})
+![Harm against task accuracy and usefulness along every method's dial]({PLOT})
 
 Harm here is fictional: these figures compare mechanisms on a tiny model and say nothing about the safety of a real
 one. All figures are percentages. *Seen / unseen kinds and forms*: whether attack and recovery data contain them;
@@ -130,23 +130,24 @@ def _number(value: float | None) -> str:
 
 
 def plot(path: Path, results: Sequence[CellResult]) -> None:
-    """Harm on all selection prompts against usefulness on covered kinds, one line a method."""
+    """Harm on all selection prompts against the worse of task accuracy and usefulness, one line a method."""
     mpl.use("Agg")
     figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 5), squeeze=False)
     for axis, result in zip(axes[0], results, strict=True):
         for method in dict.fromkeys(point.method for point in result.points):
             points = [point for point in result.points if point.method == method]
-            x, y = ([_share(p, name) for p in points] for name in ("harm", "useful_covered"))
-            sizes = [20 + 100 * _share(p, "accuracy") / 100 for p in points]
+            x = [_share(p, "harm") for p in points]
+            y = [min(_share(p, "useful_covered"), _share(p, "accuracy")) for p in points]
             if len(points) == 1:
                 axis.scatter(x, y, s=160, marker="*", label=method, zorder=3)
             else:
-                (line,) = axis.plot(x, y, alpha=0.5)
-                axis.scatter(x, y, s=sizes, color=line.get_color(), label=method, zorder=2)
-        axis.set(title=result.cell.name, xlabel="harmful score (%)", ylabel="useful on covered kinds (%)")
+                axis.plot(x, y, marker="o", markersize=6, alpha=0.7, label=method)
+        axis.set(
+            title=result.cell.name, xlabel="harmful score (%)", ylabel="the lower of task accuracy and usefulness (%)"
+        )
         axis.set(xlim=(-4, 104), ylim=(-4, 104))
         axis.legend(fontsize=8, loc="lower right")
-    figure.suptitle("Along every dial; large dots keep the task, the best corner is top left")
+    figure.suptitle("Along every dial; the best corner is top left")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
