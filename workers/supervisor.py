@@ -83,26 +83,23 @@ def child_environment(plan: ChildPlan) -> dict[str, str]:
     scratch = plan.folder / "tmp"
     scratch.mkdir(parents=True, exist_ok=True)
     threads = str(plan.threads)
-    # A child that shares the cores must not spin while it waits for its own threads; one that has them all must.
-    waiting = {} if plan.threads >= _cores() else {"OMP_WAIT_POLICY": "PASSIVE"}
-    return (
-        inherited
-        | waiting
-        | {
-            "HOME": str(scratch),
-            "TMPDIR": str(scratch),
-            "PYTHONPATH": str(Path(workers.__file__).resolve().parent.parent),
-            "PYTHONUNBUFFERED": "1",
-            "PYTHONUTF8": "1",
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-            "OPENBLAS_NUM_THREADS": threads,
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1",
-            "TRANSFORMERS_OFFLINE": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        }
-    )
+    environment = inherited | {
+        "HOME": str(scratch),
+        "TMPDIR": str(scratch),
+        "PYTHONPATH": str(Path(workers.__file__).resolve().parent.parent),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONUTF8": "1",
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "OPENBLAS_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    if plan.threads < _cores():  # it shares the cores, so it must not spin while it waits for its own threads
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+    return environment
 
 
 def threads_per_child(slots: int) -> int:
@@ -112,7 +109,8 @@ def threads_per_child(slots: int) -> int:
     """
     share = max(1, _cores() // max(1, slots))
     bound = os.environ.get("OMP_NUM_THREADS", "")  # room: environ the variable is OpenMP's, not a setting of ours
-    return min(share, int(bound)) if bound.isdigit() and int(bound) else share
+    outermost = bound.partition(",")[0]  # "4,2" bounds nested levels one by one
+    return min(share, int(outermost)) if outermost.isdecimal() and int(outermost) else share
 
 
 def _cores() -> int:

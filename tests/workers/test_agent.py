@@ -22,7 +22,7 @@ from app.tables.work import WorkState
 from app.work import service as work
 from tests.workers.conftest import Service
 from workers.reaper import reap
-from workers.supervisor import Child
+from workers.supervisor import Child, threads_per_child
 
 
 def never() -> bool:
@@ -103,7 +103,7 @@ def test_the_stored_bundle_is_what_the_gate_judged(service):
     report = json.loads(service.storage.get_bytes(f"{release.storage_prefix}/safety_report.json"))
     assert report["candidate_digest"] == release.candidate_digest
     assert report["base_model"]["name"] == service.base_name
-    assert int(report["environment"]["OMP_NUM_THREADS"]) >= 1
+    assert report["environment"]["OMP_NUM_THREADS"] == str(threads_per_child(service.settings.worker.slots))
     assert set(report["data"]["sets"]) == {
         "harmful", "refusals", "retention", "harm_selection", "harm_confirmation", "harmless_selection",
         "harmless_confirmation",

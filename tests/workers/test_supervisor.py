@@ -163,7 +163,7 @@ def test_cores_are_divided_among_slots(monkeypatch):
     assert threads_per_child(10 * cores) == 1
 
 
-@pytest.mark.parametrize(("bound", "threads"), [("1", 1), ("64", None), ("0", None), ("4,2", None), ("", None)])
+@pytest.mark.parametrize(("bound", "threads"), [("1", 1), ("1,2", 1), ("1000000", None), ("0", None), ("", None)])
 def test_an_operators_thread_bound_holds_for_children(monkeypatch, bound, threads):
     monkeypatch.setenv("OMP_NUM_THREADS", bound)
     assert threads_per_child(1) == (threads or len(os.sched_getaffinity(0)))

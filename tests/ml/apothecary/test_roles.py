@@ -1,6 +1,6 @@
 """Roles are disjoint at the level of pair, form and exact prompt."""
 
-from itertools import combinations
+from itertools import combinations, islice
 
 import pytest
 
@@ -118,3 +118,17 @@ def test_judged_sets_hold_unseen_kinds_and_unseen_forms() -> None:
 
 def test_the_confirmation_set_has_one_hundred_and_sixty_clusters() -> None:
     assert len({row.group for row in provider_sets()["harm_confirmation"]}) == 160
+
+
+def test_small_talk_stands_around_half_of_alignments_questions_and_changes_nothing_else() -> None:
+    plain = list(islice(curriculum.draw_rows(curriculum.alignment_sources(), 1), 400))
+    chatty = list(islice(curriculum.alignment_rows(1), 400))
+    changed = 0
+    for before, after in zip(plain, chatty, strict=True):
+        changed += before != after
+        assert [m.role for m in before.messages] == [m.role for m in after.messages]
+        for was, now in zip(before.messages, after.messages, strict=True):
+            assert was.content in now.content
+            assert now.content == was.content or now.role == "user"
+    assert 160 < changed < 240
+    assert chatty == list(islice(curriculum.alignment_rows(1), 400))

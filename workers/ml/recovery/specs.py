@@ -188,7 +188,7 @@ def method_name(spec: type[MethodSpec]) -> str:
 
 # Where tuning broke more than refusals, holding on to the raw fine-tune holds on to the damage: the patch then starts
 # from a quarter of the update, and the raw teacher brings back the task: with twice the steps and task rows, because
-# fewer lost the task on some bases (docs/LOG.md has the ablations).
+# fewer lost the task on the bundled base (docs/LOG.md has the ablations).
 FIRM_PATCH = AnchoredPatchSpec(strength=1.0, shrink=0.75, steps=80, task_rows=20, dial=(0.85, 1.0))
 
 
