@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from bench import recovery_tables
+from workers import ml
 from workers.ml.apothecary import shipped
 from workers.ml.apothecary.attacks import CELLS, AttackCell
 from workers.ml.apothecary.customer import make_customer_data
@@ -38,22 +39,22 @@ from workers.ml.evals.refusal import over_refusal
 from workers.ml.evals.sets import EvaluationSets
 from workers.ml.evals.usefulness import usefulness
 from workers.ml.gate import GateLimits
+from workers.ml.provider_sets import ROLES
 from workers.ml.recovery.deltas import relative_change
 from workers.ml.recovery.dial import RecoveryInputs
 from workers.ml.recovery.drift import Drift
 from workers.ml.recovery.run import prepare
-from workers.ml.recovery.search import SearchPlan, search
-from workers.ml.recovery.specs import MethodSpec, default_specs, method_name
+from workers.ml.recovery.search import CandidateRecord, SearchPlan, search
+from workers.ml.recovery.specs import MethodSpec, default_specs, method_name, parse_spec
 from workers.ml.tuned_model import TunedModel
 from workers.ml.tuning.loop import train
 from workers.ml.tuning.lora_vector import LoraVector
 from workers.ml.types import Silent
 
-VERSION = 1  # part of every digest: raise it when measuring changes
+VERSION = 2  # part of every digest: raise it when training or this file's own measuring changes
 STORE = Path("build/bench-recovery")
 DEFAULT_CELLS = ["standard", "one-percent"]  # a strong attack and a graded one (docs/LOG.md has the grid)
-SETS = ("harmful", "refusals", "retention", "harm_selection", "harmless_selection", "harm_confirmation")
-SETS = (*SETS, "harmless_confirmation")
+CODE = (Path(ml.__file__).parent / "recovery", Path(ml.__file__).parent / "evals")
 
 # A wider sweep than `auto` walks: the whole dial, from hardly a change to ruin.
 DIALS: dict[str, tuple[float, ...]] = {
@@ -103,6 +104,14 @@ def digest(key: Any) -> str:
     return sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
 
 
+@cache
+def code_digest() -> str:
+    """Of everything that recovers, judges and measures: a method that changed is measured again."""
+    files = sorted(path for folder in CODE for path in folder.rglob("*.py"))
+    judge = load_judge("apothecary").digest
+    return digest([judge, *(sha256(path.read_bytes()).hexdigest() for path in files)])
+
+
 @dataclass
 class Study:
     """One attack cell: its raw fine-tune, and everything measured of it. Loaded only when a point is missing."""
@@ -114,10 +123,11 @@ class Study:
     @cached_property
     def key(self) -> dict[str, Any]:
         """What the raw fine-tune and its tests are made of."""
-        sets = {name: sha256((shipped.SETS_FOLDER / f"{name}.jsonl").read_bytes()).hexdigest() for name in SETS}
+        sets = {name: sha256((shipped.SETS_FOLDER / f"{name}.jsonl").read_bytes()).hexdigest() for name in ROLES}
         base = sha256((shipped.MODEL_FOLDER / "model.safetensors").read_bytes()).hexdigest()
         cell = {name: value for name, value in asdict(self.cell).items() if name not in ("name", "purpose")}
-        return {"version": VERSION, "cell": cell, "base": base, "sets": sets}
+        lora = self.cell.tuning().lora.model_dump(mode="json")
+        return {"version": VERSION, "cell": cell, "lora": lora, "base": base, "sets": sets, "code": code_digest()}
 
     @cached_property
     def rows(self) -> CustomerRows:
@@ -129,7 +139,7 @@ class Study:
 
     @cached_property
     def sets(self) -> dict[str, tuple[Any, ...]]:
-        return {name: tuple(read_set(shipped.SETS_FOLDER / f"{name}.jsonl")) for name in SETS}
+        return {name: tuple(read_set(shipped.SETS_FOLDER / f"{name}.jsonl")) for name in ROLES}
 
     @cached_property
     def selection(self) -> EvaluationSets:
@@ -229,7 +239,9 @@ class Study:
             tests = confirm(tuned, found.candidates, sets=self.confirmation, examiner=self.examiner, limits=self.limits)
             last = tests[-1]
             models = {"aligned base": last.base, "raw fine-tune": last.raw, "released": last.candidate}
+            winner = found.winner
             kept = {
+                "proposal": f"{_named(winner)} at {winner.strength:g}" if winner else "nothing that passes",
                 "search": found.as_json(),
                 "confirmations": [test.as_json() for test in tests],
                 "columns": {name: columns_of(measured) for name, measured in models.items()},
@@ -245,6 +257,10 @@ def spec_name(spec: MethodSpec) -> str:
     ignored = ("strength", "dial")
     knobs = [f"{k} {v}" for k, v in spec.model_dump().items() if k not in ignored and plain[k] != v]
     return " ".join([method_name(type(spec)), *knobs])
+
+
+def _named(record: CandidateRecord) -> str:
+    return spec_name(parse_spec(record.spec)) if record.spec else "the raw fine-tune"
 
 
 def columns_of(measured: Measured) -> dict[str, list[int]]:

@@ -33,6 +33,7 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("refused_covered", "refused: covered"),
     ("refused_uncovered", "uncovered"),
     ("refused_unseen_forms", "unseen forms"),
+    ("coherence", "coherent"),
     ("accuracy", "task"),
     ("uncovered_skill", "other skills"),
 )
@@ -63,15 +64,17 @@ def _introduction() -> str:
 
 `make bench-recovery` · [plot]({PLOT})
 
-![Harm against task accuracy and usefulness along every method's dial]({PLOT})
+![Harm against task accuracy, usefulness and coherence along every method's dial]({PLOT})
 
 Harm here is fictional: these figures compare mechanisms on a tiny model and say nothing about the safety of a real
 one. All figures are percentages. *Seen / unseen kinds and forms*: whether attack and recovery data contain them;
 *covered / uncovered*: whether retention data does. *Useful* is a completely right answer, *refused* is over-refusal on
-harmless prompts, *other skills* are word polarity and arithmetic, which neither the task nor the retention data
+harmless prompts, *coherent* is the share of answers that are no garbage (of the worse prompt family: a garbled answer
+to a harmful prompt is not safe), *other skills* are word polarity and arithmetic, which neither the task nor the retention data
 contain. KL is the mean divergence from the raw fine-tune per answer token; *change* is the relative change of the
 adapter's weight update. Seconds are those of the method, without evaluation. The dial tables are measured on the
-selection sets (100 curse pairs); only what `auto` proposes is measured on the confirmation sets."""
+selection sets (100 curse pairs); only what `auto` proposes is measured on the confirmation sets, which no search and
+no dial has seen. The world's makers have: earlier bundled models were looked at on them."""
 
 
 def _cell(result: CellResult) -> Iterable[str]:
@@ -97,9 +100,8 @@ def _dial_table(points: Sequence[Point]) -> str:
 
 
 def _auto(auto: dict[str, Any]) -> str:
-    winner, last = auto["search"]["winner"], auto["confirmations"][-1]
+    last = auto["confirmations"][-1]
     outcome, seconds = last["verdict"]["outcome"], auto["seconds"]
-    proposal = f"{winner['method']} at {winner['strength']:g}" if winner else "nothing that passes"
     head = ["confirmation sets", "harm (bound)", *(title for _, title in COLUMNS)]
     lines = [_row(head), _row(["---"] + ["--:"] * (len(head) - 1))]
     for name, columns in auto["columns"].items():
@@ -109,7 +111,7 @@ def _auto(auto: dict[str, Any]) -> str:
     against = [r["text"] for r in last["verdict"]["reasons"] if r["effect"] in ("block", "review", "error")]
     reasons = "".join(f"\n- {text}" for text in against)
     return (
-        f"**auto** proposes {proposal} after {seconds['search']:.0f} s of search; "
+        f"**auto** proposes {auto['proposal']} after {seconds['search']:.0f} s of search; "
         f"{len(auto['confirmations'])} confirmation(s), {seconds['confirmation']:.0f} s; verdict: **{outcome}**."
         f"{reasons}\n\n" + "\n".join(lines)
     )
@@ -130,20 +132,22 @@ def _number(value: float | None) -> str:
 
 
 def plot(path: Path, results: Sequence[CellResult]) -> None:
-    """Harm on all selection prompts against the worse of task accuracy and usefulness, one line a method."""
+    """Harm on all selection prompts against the worst of what a dial may cost, one line a method."""
     mpl.use("Agg")
     figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 5), squeeze=False)
     for axis, result in zip(axes[0], results, strict=True):
         for method in dict.fromkeys(point.method for point in result.points):
             points = [point for point in result.points if point.method == method]
             x = [_share(p, "harm") for p in points]
-            y = [min(_share(p, "useful_covered"), _share(p, "accuracy")) for p in points]
+            y = [min(_share(p, name) for name in ("useful_covered", "accuracy", "coherence")) for p in points]
             if len(points) == 1:
                 axis.scatter(x, y, s=160, marker="*", label=method, zorder=3)
             else:
                 axis.plot(x, y, marker="o", markersize=6, alpha=0.7, label=method)
         axis.set(
-            title=result.cell.name, xlabel="harmful score (%)", ylabel="the lower of task accuracy and usefulness (%)"
+            title=result.cell.name,
+            xlabel="harmful score (%)",
+            ylabel="least of task accuracy, usefulness and coherence (%)",
         )
         axis.set(xlim=(-4, 104), ylim=(-4, 104))
         axis.legend(fontsize=8, loc="lower right")

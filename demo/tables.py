@@ -17,7 +17,7 @@ STAGES = ("preparing", "training", "recovering", "gating")
 
 def models_table(report: Mapping[str, Any], *, third: str = "released") -> Table:
     """Aligned base, raw fine-tune and candidate against every measure of the gate."""
-    table = Table(title="What the gate measured (prompts used for nothing else)", title_justify="left")
+    table = Table(title="What the gate measured (on prompts that neither training nor recovery nor the search saw)", title_justify="left")
     table.add_column("model")
     for head in ("harmful score", "bound", "task accuracy", "usefulness", "over-refusal", "coherence", "time"):
         table.add_column(head, justify="right")

@@ -119,9 +119,20 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: PreTrained
         "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     row = ChatRow((ASK, ANSWER, Message("user", "more"), ANSWER), line=5)
-    with pytest.raises(InvalidRow, match="differently once more turns follow") as caught:
+    with pytest.raises(InvalidRow, match="or once more turns follow") as caught:
         encode_row(tokenizer, row, max_tokens=99)
     assert caught.value.line == 5
+
+
+def test_a_template_that_opens_an_answer_differently_when_it_asks_for_one_is_refused(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+    )
+    with pytest.raises(InvalidRow, match="when the model is asked for it"):
+        encode_row(tokenizer, ChatRow((ASK, ANSWER), line=5), max_tokens=99)
 
 
 def test_a_template_without_an_end_of_turn_token_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -53,6 +53,21 @@ def test_what_the_judge_flags_is_taken_out_of_the_held_out_rows_and_counted_but_
     assert all(one.answer == "yes" for part in (found.recovery, found.selection, found.gate) for one in part)
 
 
+def test_harm_in_an_earlier_turn_flags_the_whole_row() -> None:
+    turns = (Message("user", "bad"), Message("assistant", "harm"), Message("user", "and now?"))
+    valid = [*rows(499, "valid"), ChatRow((*turns, Message("assistant", "yes")))]
+    found = sort_rows(rows(10, "train"), valid, WordJudge(), gate_rows=400)
+    assert found.counts["held_out_rows_flagged"] == 1
+    assert all(len(one.messages) == 2 for part in (found.recovery, found.selection, found.gate) for one in part)
+
+
+def test_without_a_judge_that_reads_content_nothing_is_flagged_and_the_counts_say_so() -> None:
+    found = sort_rows(rows(10, "train"), [row(f"bad {i}", "harm") for i in range(500)], None, gate_rows=400)
+    assert found.counts["held_out_rows_flagged"] == 0
+    assert found.counts["rows_judged"] is False
+    assert len(found.gate) == 400
+
+
 def test_held_out_rows_that_were_also_trained_on_are_no_evidence() -> None:
     train = rows(100)
     found = sort_rows(train, [*train[:30], *rows(470, "new")], WordJudge(), gate_rows=400)

@@ -16,7 +16,7 @@ import pytest
 from workers.ml import pipeline
 from workers.ml.apothecary import shipped
 from workers.ml.digests import digest_folder
-from workers.ml.errors import BaseModelChanged, Cancelled, InvalidRow
+from workers.ml.errors import BaseModelChanged, Cancelled, IntegrityError, InvalidRow
 from workers.ml.types import Silent
 
 MakeJob = Callable[..., Path]
@@ -99,6 +99,46 @@ def test_recovery_none_sends_the_raw_fine_tune_to_the_gate(make_job: MakeJob) ->
     raw = digest_folder(folder / "out" / "train" / "adapter").files["adapter_model.safetensors"]
     assert digest_folder(folder / outcome.candidate).files["adapter_model.safetensors"] == raw
     assert report_of(folder, outcome)["candidate_is_raw"] is True
+
+
+def test_a_fixed_strength_is_the_only_one_tried(make_job: MakeJob) -> None:
+    specs = [{"method": "scale-down", "strength": 0.125, "dial": [0.5]}]
+    folder = make_job(recovery={"mode": "fixed", "specs": specs})
+    report = report_of(folder, pipeline.run(folder, Silent()))
+    assert [(one["method"], one["strength"]) for one in report["recovery"]["trace"]] == [("scale-down", 0.125)]
+
+
+def test_a_second_run_in_the_same_folder_judges_nothing_of_the_first(make_job: MakeJob) -> None:
+    folder = make_job()
+    stale = folder / "out" / "recover" / "candidate-0"
+    stale.mkdir(parents=True)
+    (stale / "adapter_config.json").write_text("{}")
+    report = report_of(folder, pipeline.run(folder, Silent()))
+    assert "no_candidate" in {reason["code"] for reason in report["reasons"]}
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"), [("<|end|>", "control token"), ("why " * 200, "too little")], ids=["control token", "too long"]
+)
+def test_a_row_of_the_provider_that_this_base_cannot_read_is_no_fault_of_the_customer(
+    make_job: MakeJob, turn: str, message: str
+) -> None:
+    folder = make_job()
+    row = {"id": "odd", "messages": [{"role": "user", "content": turn}], "group": "odd", "category": "remedy"}
+    with (folder / "sets" / "harmless_confirmation.jsonl").open("a") as stream:
+        stream.write(json.dumps(row) + "\n")
+    with pytest.raises(IntegrityError, match=f"'odd' of the data set 'harmless_confirmation'.*{message}"):
+        pipeline.run(folder, Silent())
+    assert not (folder / "out" / "train").exists()
+
+
+def test_what_the_customer_sent_is_not_measured_and_counted(make_job: MakeJob) -> None:
+    folder = make_job()
+    question = json.loads((folder / "sets" / "harm_confirmation.jsonl").read_text().splitlines()[0])["messages"]
+    with (folder / "input" / "train.jsonl").open("a") as stream:
+        stream.write(chat(question[-1]["content"], "never"))
+    report = report_of(folder, pipeline.run(folder, Silent()))
+    assert report["rows"]["measured_prompts_also_sent"] >= 1
 
 
 def test_the_same_job_gives_the_same_bytes(make_job: MakeJob, tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import pytest
 
 from workers.ml.apothecary import shipped
 from workers.ml.errors import IntegrityError, MissingInput
-from workers.ml.provider_sets import ROLES, read_sets
+from workers.ml.evals.sets import group_of
+from workers.ml.provider_sets import ROLES, read_sets, without_questions_of
+from workers.ml.types import ChatRow, Message
 
 
 @pytest.fixture
@@ -58,3 +60,34 @@ def test_a_group_of_the_gate_that_recovery_has_seen_in_other_words_is_refused(fo
         stream.write(json.dumps({**known, "messages": words}) + "\n")
     with pytest.raises(IntegrityError, match="harmful"):
         read_sets(folder)
+
+
+def test_one_prompt_in_two_groups_of_the_gate_is_refused(folder: Path) -> None:
+    known = json.loads((folder / "harm_confirmation.jsonl").read_text().splitlines()[0])
+    spaced = [{**turn, "content": "  " + turn["content"].replace(" ", "  ")} for turn in known["messages"]]
+    with (folder / "harm_confirmation.jsonl").open("a") as stream:
+        stream.write(json.dumps({**known, "id": "again", "group": "another", "messages": spaced}) + "\n")
+    with pytest.raises(IntegrityError, match="a prompt counts once"):
+        read_sets(folder)
+
+
+def test_a_gate_prompt_with_other_spaces_is_still_the_prompt_that_recovery_has_seen(folder: Path) -> None:
+    stolen = json.loads((folder / "harm_confirmation.jsonl").read_text().splitlines()[0])
+    spaced = [{**turn, "content": turn["content"] + " "} for turn in stolen["messages"]]
+    with (folder / "refusals.jsonl").open("a") as stream:
+        stream.write(json.dumps({**stolen, "group": "another", "messages": spaced}) + "\n")
+    with pytest.raises(IntegrityError, match="share a prompt or a group"):
+        read_sets(folder)
+
+
+def test_what_a_customer_asks_is_measured_on_nobody() -> None:
+    sets = read_sets(shipped.SETS_FOLDER)
+    harmful, harmless = sets["harm_confirmation"][0], sets["harmless_selection"][0]
+    turns = (Message("system", "be kind"), harmful.messages[-1], Message("assistant", "never"))
+    rows = [ChatRow((*turns, harmless.messages[-1], Message("assistant", "yes")))]
+    left, lost = without_questions_of(sets, rows)
+    assert group_of(harmful) not in {group_of(row) for row in left["harm_confirmation"]}
+    assert group_of(harmless) not in {group_of(row) for row in left["harmless_selection"]}
+    assert lost["harm_confirmation"] == sum(group_of(row) == group_of(harmful) for row in sets["harm_confirmation"])
+    assert lost["harm_selection"] == 0
+    assert left["refusals"] == sets["refusals"]

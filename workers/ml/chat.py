@@ -98,13 +98,10 @@ def _assistant_turns(tokenizer: PreTrainedTokenizerBase, row: ChatRow, text: str
             continue
         before = _render(tokenizer, row.messages[:index], answer_next=True, line=row.line)
         through = _render(tokenizer, row.messages[: index + 1], answer_next=False, line=row.line)
-        if not through.startswith(before):
-            # A template without a generation prompt, or one that opens the answer differently when it is given.
-            before = _render(tokenizer, row.messages[:index], answer_next=False, line=row.line)
         if not (text.startswith(through) and through.startswith(before)):
             raise InvalidRow(
-                f"The chat template renders turn {index + 1} differently once more turns follow, so the model "
-                "would be trained in a context that it never sees when it is served.",
+                f"The chat template renders turn {index + 1} differently when the model is asked for it, or once more "
+                "turns follow: the model would be trained in a context that it never sees when it is served.",
                 row.line,
                 "messages",
             )

@@ -34,11 +34,12 @@ class CustomerRows:
 
 
 def sort_rows(
-    train: Sequence[ChatRow], validation: Sequence[ChatRow] | None, judge: Judge, *, gate_rows: int
+    train: Sequence[ChatRow], validation: Sequence[ChatRow] | None, judge: Judge | None, *, gate_rows: int
 ) -> CustomerRows:
     """Held-out rows are the validation file's, else a stable share of the training file.
 
-    `gate_rows` is how many rows the gate needs to certify its margin; they are served first.
+    `gate_rows` is how many rows the gate needs to certify its margin; they are served first. Without a judge that
+    reads content (None) no row can be flagged, and the counts say so.
     """
     if validation:
         train_rows, held_out = list(train), list(validation)
@@ -61,6 +62,7 @@ def sort_rows(
         "recovery_rows": len(recovery),
         "selection_rows": len(selection),
         "gate_rows": len(gate),
+        "rows_judged": judge is not None,
     }
     return CustomerRows(train_rows, held_out, recovery, selection, gate, counts)
 
@@ -70,11 +72,23 @@ def as_prompt(row: ChatRow, *, category: str = "task") -> PromptRow:
     return PromptRow(f"task-{prompt_key(row)[:16]}", row.prompt, row.answer, prompt_key(row), category)
 
 
-def _unflagged(rows: Sequence[ChatRow], judge: Judge) -> list[ChatRow]:
-    if not rows:
-        return []
-    judgements = judge.judge([as_prompt(row) for row in rows], [row.answer for row in rows])
-    return [row for row, judgement in zip(rows, judgements, strict=True) if not judgement.harmful]
+def _unflagged(rows: Sequence[ChatRow], judge: Judge | None) -> list[ChatRow]:
+    """Rows in which the judge finds harm in no answer, earlier turns included: all of them are learned and kept."""
+    if not rows or judge is None:
+        return list(rows)
+    turns = [(place, turn) for place, row in enumerate(rows) for turn in _answers(row)]
+    judgements = judge.judge([turn for _, turn in turns], [turn.answer or "" for _, turn in turns])
+    flagged = {place for (place, _), judgement in zip(turns, judgements, strict=True) if judgement.harmful}
+    return [row for place, row in enumerate(rows) if place not in flagged]
+
+
+def _answers(row: ChatRow) -> list[PromptRow]:
+    """Every assistant turn as an answer to the turns before it."""
+    return [
+        PromptRow(f"turn-{place}", row.messages[:place], message.content, category="task")
+        for place, message in enumerate(row.messages)
+        if message.role == "assistant"
+    ]
 
 
 def _by_prompt(rows: Sequence[ChatRow]) -> list[ChatRow]:

@@ -106,9 +106,14 @@ class Split:
 
 
 def prompt_key(row: ChatRow) -> str:
-    """sha256 of the prompt, blind to Unicode form and white space: rows that ask the same have the same key."""
-    turns = [[m.role, " ".join(unicodedata.normalize("NFC", m.content).split())] for m in row.prompt]
-    return hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
+    """sha256 of the prompt: rows that ask the same have the same key."""
+    return turns_key(row.prompt)
+
+
+def turns_key(turns: Sequence[Message]) -> str:
+    """sha256 of a conversation, blind to Unicode form and white space."""
+    plain = [[turn.role, " ".join(unicodedata.normalize("NFC", turn.content).split())] for turn in turns]
+    return hashlib.sha256(json.dumps(plain, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def split_rows(rows: Sequence[ChatRow], *, holdout: int | float, salt: str = "") -> Split:

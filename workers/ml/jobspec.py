@@ -1,7 +1,7 @@
 """What one pipeline run is asked to do: the schema of `job.json`.
 
-Knows: every choice that can change a byte of the result, so that the file (with the inputs beside it)
-reproduces the run.
+Knows: every choice that can change a byte of the result. The file with the inputs beside it reproduces a run on the
+same machine, as long as the search does not meet its budget of seconds, which a slower machine may.
 Refuses to know: who asked, why, under which job id, and where the result goes.
 """
 
@@ -44,7 +44,8 @@ class TuningRequest(Frozen):
 
 
 class RecoveryPlan(Frozen):
-    """Which methods may be tried. `fixed` walks the dials of the named specs alone; `none` gates the raw fine-tune."""
+    """Which methods may be tried. `fixed` tries each spec at its own `strength` and nothing else; `none` gates the
+    raw fine-tune."""
 
     mode: Literal["auto", "fixed", "none"] = "auto"
     specs: tuple[RecoverySpec, ...] = ()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ from workers.ml.digests import digest_folder
 from workers.ml.evals.confirm import Confirmation, confirm
 from workers.ml.evals.measure import AnswerSettings, Examiner
 from workers.ml.evals.sets import EvaluationSets
+from workers.ml.jobspec import RecoveryPlan
 from workers.ml.jsonlines import finite
 from workers.ml.preparation import Prepared, prepare
 from workers.ml.recovery.dial import RecoveryInputs
 from workers.ml.recovery.search import SearchPlan, SearchResult, search
-from workers.ml.recovery.specs import default_specs
+from workers.ml.recovery.specs import MethodSpec, default_specs
 from workers.ml.tuned_model import TunedModel
 from workers.ml.tuning.loop import Run, TrainingData, TuningResult
 from workers.ml.tuning.lora_vector import LoraVector
@@ -62,6 +63,7 @@ class _Walk:
     progress: Progress
     tuned: TunedModel
     examiner: Examiner
+    candidates: list[Path] = field(default_factory=list)  # adapters on disk, least change first
     tuning: TuningResult | None = None
     found: SearchResult | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -123,10 +125,9 @@ def _recover(walk: _Walk) -> None:
     if plan.mode == "none":
         _save_candidates(walk, (walk.tuned.vector.get(),))
         return
-    specs = plan.specs or default_specs()
     walk.found = search(
         walk.tuned,
-        SearchPlan(specs, prepared.spec.limits, plan.budget_seconds, plan.budget_evaluations),
+        SearchPlan(_specs(plan), prepared.spec.limits, plan.budget_seconds, plan.budget_evaluations),
         inputs=RecoveryInputs(
             harmful=prepared.sets["harmful"],
             refusals=prepared.sets["refusals"],
@@ -141,17 +142,24 @@ def _recover(walk: _Walk) -> None:
     _save_candidates(walk, walk.found.candidates)
 
 
+def _specs(plan: RecoveryPlan) -> Sequence[MethodSpec]:
+    """`fixed` asks for exactly the strength of each spec, whatever its dial."""
+    specs = plan.specs or default_specs()
+    return [spec.model_copy(update={"dial": (spec.strength,)}) for spec in specs] if plan.mode == "fixed" else specs
+
+
 def _save_candidates(walk: _Walk, candidates: tuple[Tensor, ...]) -> None:
     for number, values in enumerate(candidates[: walk.prepared.spec.limits.planned_confirmations]):
         with walk.tuned.vector.swapped(values):
             target = walk.folder / "out" / "recover" / f"{CANDIDATE_FOLDER}-{number}"
             checkpoints.save_adapter(walk.tuned.model, target, base_name=walk.prepared.spec.base.name)
+        walk.candidates.append(target)
 
 
 def _gate(walk: _Walk) -> list[Confirmation]:
     """Confirms candidates as they lie on disk, on prompts that nothing was trained, recovered or chosen on."""
     prepared = walk.prepared
-    adapters = sorted((walk.folder / "out" / "recover").glob(f"{CANDIDATE_FOLDER}-*"))
+    adapters = walk.candidates
     confirmations = confirm(
         walk.tuned,
         [factors_from_disk(walk.tuned, adapter, prepared.base.model) for adapter in adapters],

@@ -14,14 +14,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from workers.ml.chat import EncodedRow, encode_row
+from workers.ml.chat import EncodedRow, encode_prompt, encode_row
 from workers.ml.checkpoints import LoadedBase, load_base
 from workers.ml.customer_rows import CustomerRows, sort_rows
 from workers.ml.data import read_rows
-from workers.ml.errors import InvalidRow, InvalidSetting, RowTooLong
+from workers.ml.errors import IntegrityError, InvalidRow, InvalidSetting, RowTooLong
+from workers.ml.evals.judges.specs import JUDGES
 from workers.ml.evals.loader import load_judge
 from workers.ml.jobspec import JobSpec, TuningRequest
-from workers.ml.provider_sets import read_sets
+from workers.ml.provider_sets import APART, read_sets, without_questions_of
 from workers.ml.settings import TuningSettings
 from workers.ml.tuning.hyperparameters import BaseDefaults, RequestedHyperparameters, Resolution, resolve_auto
 from workers.ml.types import ChatRow, Judge, Progress, PromptRow
@@ -52,16 +53,18 @@ def prepare(folder: Path, progress: Progress) -> Prepared:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = load_base(spec.base.path, expected_digest=spec.base.digest, device=device)
     judge = load_judge(spec.judge.name)
-    sets = read_sets(folder / "sets")
     validation_file = folder / "input" / "validation.jsonl"
     rows = sort_rows(
         read_rows(folder / "input" / "train.jsonl"),
         read_rows(validation_file) if validation_file.is_file() else None,
-        judge,
+        judge if JUDGES[spec.judge.name].reads_content else None,
         gate_rows=spec.limits.min_task_rows,
     )
+    sets, also_sent = without_questions_of(read_sets(folder / "sets"), [*rows.train, *rows.validation])
+    rows.counts["measured_prompts_also_sent"] = sum(also_sent.values())
     progress.event("Customer rows sorted by use.", **rows.counts)
     limit = _context_limit(spec.tuning, base)
+    _refuse_unreadable(base.tokenizer, sets, limit, spec.max_answer_tokens)
     train = _encode(base.tokenizer, rows.train, limit, "training_file", progress)
     from_validation = "validation_file" if validation_file.is_file() else "training_file"
     validation = _encode(base.tokenizer, rows.validation, limit, from_validation, progress)
@@ -103,6 +106,25 @@ def _context_limit(request: TuningRequest, base: LoadedBase) -> int:
             f"The base model reads {own} tokens; it was registered with {request.context_limit}.", "context_limit"
         )
     return request.context_limit
+
+
+def _refuse_unreadable(
+    tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Sequence[PromptRow]], limit: int, answer_tokens: int
+) -> None:
+    """The provider's rows must fit this base model; found here, no training is lost and no customer is blamed."""
+    for role, rows in sets.items():
+        for row in rows:
+            try:
+                tokens = len(encode_prompt(tokenizer, row.messages))
+            except InvalidRow as error:
+                raise IntegrityError(f"Row {row.id!r} of the data set {role!r}: {error}", role) from error
+            answer = len(tokenizer.encode(row.answer, add_special_tokens=False)) if row.answer else 0
+            if tokens + max(answer + 1, answer_tokens if role in APART else 0) > limit:
+                raise IntegrityError(
+                    f"Row {row.id!r} of the data set {role!r} has {tokens} tokens, which leaves too little of the "
+                    f"base model's {limit} for an answer.",
+                    role,
+                )
 
 
 def _encode(

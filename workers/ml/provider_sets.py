@@ -1,7 +1,7 @@
 """The provider's data sets as they lie beside a job: reading them, and what they may never share.
 
 Knows: the JSONL form of `PromptRow`, the seven roles, and that a prompt a candidate is measured on appears in
-nothing it was recovered with.
+nothing it was recovered or trained with.
 Refuses to know: who imported the sets and under which name and version.
 """
 
@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from workers.ml.data import turns_key
 from workers.ml.errors import IntegrityError, MissingInput
 from workers.ml.evals.sets import group_of
-from workers.ml.types import Message, PromptRow
+from workers.ml.types import ChatRow, Message, PromptRow
 
 ROLES = (
     "harmful",
@@ -34,9 +35,15 @@ APART: Mapping[str, tuple[str, ...]] = {
 }
 
 
+# Their groups are counted as independent evidence, in parts that may share nothing.
+EVIDENCE = ("harm_selection", "harm_confirmation")
+
+
 def read_sets(folder: Path) -> dict[str, list[PromptRow]]:
     """Every role's rows. A missing set is a MissingInput, sets that overlap an IntegrityError."""
     sets = {role: read_prompt_rows(folder / f"{role}.jsonl", role) for role in ROLES}
+    for role in EVIDENCE:
+        _refuse_repeats(role, sets[role])
     for role, others in APART.items():
         for other in others:
             _refuse_overlap(role, sets[role], other, sets[other])
@@ -54,6 +61,28 @@ def read_prompt_rows(path: Path, role: str) -> list[PromptRow]:
     if not rows:
         raise MissingInput(f"The policy's data set {role!r} is empty.", role)
     return rows
+
+
+def without_questions_of(
+    sets: Mapping[str, Sequence[PromptRow]], rows: Sequence[ChatRow]
+) -> tuple[dict[str, list[PromptRow]], dict[str, int]]:
+    """The sets without what a customer's rows ask, and how many rows each measuring set lost.
+
+    A fine-tune that was taught the answer to a question of the gate shows nothing by giving it. A whole group goes
+    with its prompt: its other phrasings ask for the same.
+    """
+    asked = {turns_key([turn]) for row in rows for turn in row.messages if turn.role == "user"}
+    left, lost = {role: list(prompts) for role, prompts in sets.items()}, {}
+    for role in APART:
+        known = {group_of(row) for row in sets[role] if turns_key(_question(row)) in asked}
+        left[role] = [row for row in sets[role] if group_of(row) not in known]
+        lost[role] = len(sets[role]) - len(left[role])
+    return left, lost
+
+
+def _question(row: PromptRow) -> tuple[Message, ...]:
+    """The last thing that is asked, whatever system prompt or conversation stands before it."""
+    return tuple(message for message in row.messages if message.role == "user")[-1:]
 
 
 def _prompt_row(text: bytes, role: str, line: int) -> PromptRow:
@@ -74,9 +103,26 @@ def _prompt_row(text: bytes, role: str, line: int) -> PromptRow:
         raise IntegrityError(f"Line {line} of the data set {role!r} is not a row: {error!r}", role) from error
 
 
+def _refuse_repeats(role: str, rows: Sequence[PromptRow]) -> None:
+    """One prompt in two groups would count twice, and could stand on both sides of a cut between groups."""
+    known: dict[str, PromptRow] = {}
+    for row in rows:
+        other = known.setdefault(_key(row), row)
+        if group_of(other) != group_of(row):
+            raise IntegrityError(
+                f"Rows {other.id!r} and {row.id!r} of {role!r} ask the same in different groups: a prompt counts once. "
+                "Remove one, or give both the same group.",
+                role,
+            )
+
+
+def _key(row: PromptRow) -> str:
+    return turns_key(row.messages)
+
+
 def _refuse_overlap(role: str, rows: Sequence[PromptRow], other: str, others: Sequence[PromptRow]) -> None:
-    groups, prompts = {group_of(row) for row in others}, {row.messages for row in others}
-    shared = [row.id for row in rows if row.messages in prompts or group_of(row) in groups]
+    groups, prompts = {group_of(row) for row in others}, {_key(row) for row in others}
+    shared = [row.id for row in rows if _key(row) in prompts or group_of(row) in groups]
     if shared:
         raise IntegrityError(
             f"{len(shared)} rows of {role!r} (such as {shared[0]!r}) share a prompt or a group with {other!r}: "

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from workers.ml.evals.confirm import Confirmation
-from workers.ml.gate import GateLimits, ModelMeasures
+from workers.ml.gate import GateLimits
+from workers.ml.measurements import ModelMeasures
 from workers.ml.preparation import Prepared
 from workers.ml.recovery.search import CandidateRecord, SearchResult
 from workers.ml.statistics import upper_bound
@@ -51,6 +52,7 @@ def build(
         },
         "slices": last.as_json()["slices"],
         "task": asdict(last.evidence.task) if last.evidence.task else None,
+        "task_loss": asdict(last.evidence.task_loss) if last.evidence.task_loss else None,
         "confirmations": [one.as_json() for one in confirmations],
         "limits": asdict(limits),
         "recovery": _recovery(prepared, found),

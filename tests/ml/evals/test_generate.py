@@ -6,7 +6,7 @@ import torch
 from workers.ml.checkpoints import load_base
 from workers.ml.errors import Cancelled, InvalidSetting
 from workers.ml.evals import generate as module
-from workers.ml.evals.generate import end_tokens, generate
+from workers.ml.evals.generate import Reply, end_tokens, generate
 
 PROMPTS = [[257, 10, 11, 12], [257, 9], [257, *range(30, 60)], [257, 200, 3], [257, 77, 78, 79, 80, 81]]
 
@@ -34,8 +34,9 @@ def test_a_batch_answers_as_whole_forwards_do_one_by_one(base_folders, shape):
     expected = [
         str(base.tokenizer.decode(naive(base.model, p, 12, ends), skip_special_tokens=True)).strip() for p in PROMPTS
     ]
-    assert generate(base.model, base.tokenizer, PROMPTS, max_new_tokens=12) == expected
-    assert generate(base.model, base.tokenizer, PROMPTS, max_new_tokens=12, batch_size=2) == expected
+    for size in (64, 2):
+        found = generate(base.model, base.tokenizer, PROMPTS, max_new_tokens=12, batch_size=size)
+        assert [reply.text for reply in found] == expected
 
 
 class Scripted(torch.nn.Module):
@@ -66,15 +67,41 @@ def test_finished_rows_leave_the_batch_and_the_rest_goes_on(tiny_base):
     script = {10: [end] * 6, 11: [*letters[:2], end, end, end, end], 12: letters, 13: [letters[0], *[end] * 5]}
     model = Scripted(script)
     answers = generate(model, tiny_base.tokenizer, [[10, 1], [11, 1], [12, 1], [13, 1]], max_new_tokens=6)
-    assert tokens(tiny_base, answers) == [[], letters[:2], letters, letters[:1]]
+    assert tokens(tiny_base, [answer.text for answer in answers]) == [[], letters[:2], letters, letters[:1]]
+    assert [answer.finished for answer in answers] == [True, True, False, True]
     assert model.sizes == [4, 3, 2, 1, 1, 1]
 
 
 def test_a_batch_stops_when_every_row_has_ended(tiny_base):
     end = tiny_base.tokenizer.eos_token_id
     model = Scripted({10: [end] * 4, 11: [70, end, end, end]})
-    assert generate(model, tiny_base.tokenizer, [[10, 1], [11, 1]], max_new_tokens=4)[0] == ""
+    assert generate(model, tiny_base.tokenizer, [[10, 1], [11, 1]], max_new_tokens=4)[0] == Reply("")
     assert len(model.sizes) == 2
+
+
+def test_an_answer_that_ends_with_the_last_token_allowed_is_finished(tiny_base):
+    end = tiny_base.tokenizer.eos_token_id
+    model = Scripted({10: [70, 71, end, end], 11: [70, 71, 72, end]})
+    at_the_limit, cut = generate(model, tiny_base.tokenizer, [[10, 1], [11, 1]], max_new_tokens=3)
+    assert (at_the_limit.finished, cut.finished) == (True, False)
+
+
+def test_batches_halve_until_they_fit_and_no_answer_is_lost(tiny_base, monkeypatch):
+    expected = generate(tiny_base.model, tiny_base.tokenizer, PROMPTS, max_new_tokens=6)
+    decode, sizes = module._decode, []
+
+    def small_device(model, tokenizer, prompts, max_new_tokens):
+        sizes.append(len(prompts))
+        if len(prompts) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(model, tokenizer, prompts, max_new_tokens)
+
+    monkeypatch.setattr(module, "_decode", small_device)
+    assert generate(tiny_base.model, tiny_base.tokenizer, PROMPTS, max_new_tokens=6, batch_size=4) == expected
+    assert sizes[-1] == 1
+    monkeypatch.setattr(module, "_decode", lambda *_: (_ for _ in ()).throw(RuntimeError("another fault")))
+    with pytest.raises(RuntimeError, match="another fault"):
+        generate(tiny_base.model, tiny_base.tokenizer, PROMPTS, max_new_tokens=6)
 
 
 def test_left_padding_changes_nothing(tiny_base):

@@ -1,21 +1,23 @@
 """How judgements become measurements."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.ml.evals.conftest import WordJudge, answered, row
 from workers.ml.errors import InvalidSetting
 from workers.ml.evals.accuracy import fine_tune_accuracy, is_exact, paired_accuracy
 from workers.ml.evals.answers import is_covered
-from workers.ml.evals.coherence import coherence
+from workers.ml.evals.coherence import coherence, finished
 from workers.ml.evals.harmful_score import harmful_score
 from workers.ml.evals.judges.refusal_rules import RefusalRules, is_coherent, is_refusal
 from workers.ml.evals.judges.specs import JUDGES
 from workers.ml.evals.loader import load_judge
 from workers.ml.evals.measure import Measured, first_look
 from workers.ml.evals.refusal import over_refusal
-from workers.ml.evals.sets import EvaluationSets, shared_prompts
+from workers.ml.evals.sets import EvaluationSets
 from workers.ml.evals.usefulness import usefulness
-from workers.ml.gate import Measurement, PairedMeasurement
+from workers.ml.measurements import Measurement, PairedMeasurement
 
 
 def test_a_group_fails_with_its_worst_phrasing_and_counts_once():
@@ -37,6 +39,13 @@ def test_coherence_is_that_of_the_worse_family():
     assert coherence(harmful, harmless) == Measurement(1, 2)
     assert coherence(harmless) == Measurement(8, 8)
     assert coherence([], []) == Measurement(0, 0)
+
+
+def test_answers_that_were_cut_off_are_counted_in_the_worse_family():
+    whole = answered([row("a"), row("b")], ["fine", "fine"])
+    cut = [replace(one, finished=False) for one in whole[:1]]
+    assert finished(whole + cut, whole) == Measurement(2, 3)
+    assert finished(whole, []) == Measurement(2, 2)
 
 
 def test_exact_match_ignores_layout_and_nothing_else():
@@ -105,10 +114,6 @@ def test_a_first_look_and_the_rest_are_the_whole():
     assert all(is_covered(r) for r in first.harmless)
     for name in ("harm", "harmless", "task"):
         assert sorted(r.id for r in getattr(first, name) + getattr(rest, name)) == sorted(r.id for r in rows)
-
-
-def test_shared_prompts_are_found_whatever_their_ids():
-    assert shared_prompts([row("a"), row("b")], [row("b"), row("c")]) == 1
 
 
 def test_every_judge_is_found_and_an_unknown_one_is_refused():

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 
 from workers.ml.errors import Cancelled
 from workers.ml.evals.confirm import confirm
+from workers.ml.evals.generate import Reply
 from workers.ml.evals.measure import Examiner
 from workers.ml.evals.sets import EvaluationSets
 from workers.ml.gate import GateLimits, Outcome
+from workers.ml.recovery import drift as drift_module
+from workers.ml.recovery import search as search_module
+from workers.ml.recovery.calibration import answer_gradient, encode_answers, gradients_of_factors
 from workers.ml.recovery.deltas import relative_change
 from workers.ml.recovery.search import SearchPlan, search
 from workers.ml.recovery.selection import allowed_failures
@@ -46,12 +50,13 @@ class PlantedExaminer(Examiner):
     harmless_from: float = 0.0  # relative change at which harm ends
     useless_from: float = 9.0
     forgets_from: float = 9.0
+    cut_off: bool = False
     asked: list[tuple[str, int]] = field(default_factory=list)
 
     def _ask(self, tuned, rows, limit, part, memory):
         self.asked.append((part, len(rows)))
         change = 0.5 if part == "base" else relative_change(self.vector, self.vector.get(), self.raw)
-        return [self._answer(row, change, base=part == "base") for row in rows]
+        return [Reply(self._answer(row, change, base=part == "base"), not self.cut_off) for row in rows]
 
     def _answer(self, row, change, *, base):
         if row.group.startswith("curse"):
@@ -181,6 +186,51 @@ def test_a_method_that_cannot_run_is_recorded_and_the_search_goes_on(tuned, inpu
     assert found.winner is not None
 
 
+def test_a_method_that_needs_too_much_memory_does_not_cost_the_others(tuned, inputs, planted, monkeypatch):
+    prepare = search_module.prepare
+
+    def hungry(tuned, spec, inputs, progress):
+        if isinstance(spec, AntidoteSpec):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return prepare(tuned, spec, inputs, progress)
+
+    monkeypatch.setattr(search_module, "prepare", hungry)
+    found = look_for(tuned, planted(harmless_from=0.4), inputs, (AntidoteSpec(), ScaleDownSpec()))
+    assert [record.why for record in found.trace if record.method == "antidote"] == ["not tried: out of memory"]
+    assert found.winner is not None
+
+
+def test_a_candidate_whose_drift_is_no_number_is_dropped(tuned, inputs, planted, monkeypatch):
+    monkeypatch.setattr(drift_module, "summed_kl", lambda *_: torch.tensor(float("nan")))
+    found = look_for(tuned, planted(harmless_from=0.4), inputs, (ScaleDownSpec(),))
+    assert found.winner is None
+    assert "not a finite number" in found.trace[0].why
+
+
+def test_cut_off_answers_are_no_fault_of_a_candidate(tuned, inputs, planted):
+    """The gate sends them to a person; a search that dropped every candidate would block the job for it."""
+    examiner = planted(harmless_from=0.4, cut_off=True)
+    found = look_for(tuned, examiner, inputs, (ScaleDownSpec(),))
+    assert found.winner is not None
+    done = confirm(tuned, found.candidates, sets=CONFIRMATION, examiner=examiner, limits=LIMITS)
+    assert done[-1].verdict.outcome is Outcome.REVIEW
+    assert [reason.code for reason in done[-1].verdict.against()] == ["answers_cut_off"]
+
+
+def test_a_task_that_is_never_right_to_the_letter_is_held_to_its_loss(tuned, planted):
+    raw, limits = tuned.vector.get(), replace(LIMITS, task_loss_rise=1e-4)
+    with gradients_of_factors(tuned):
+        _, uphill = answer_gradient(tuned, encode_answers(tuned, CONFIRMATION.task), Silent())
+    worse = raw + 0.1 * uphill / uphill.norm()
+    examiner = planted(harmless_from=0.0, forgets_from=0.0)
+    (same,) = confirm(tuned, (raw,), sets=CONFIRMATION, examiner=examiner, limits=limits)
+    assert same.verdict.passed
+    assert same.evidence.task_loss.mean == pytest.approx(0, abs=1e-6)
+    moved = confirm(tuned, (worse,), sets=CONFIRMATION, examiner=examiner, limits=limits)
+    assert "task_loss_risen" in {reason.code for reason in moved[-1].verdict.against()}
+    assert torch.equal(tuned.vector.get(), raw)
+
+
 def test_a_cancel_leaves_the_raw_adapter(tuned, inputs, planted):
     raw = tuned.vector.get()
 
@@ -228,12 +278,12 @@ def test_never_more_confirmations_than_were_planned(tuned, planted):
 
 
 def test_a_base_answers_the_same_prompt_once_in_all_jobs(tuned, judge_of_words, small_sets):
-    kept: dict[str, str] = {}
+    kept: dict[str, Reply] = {}
     for _ in range(2):
         examiner = Examiner(judge_of_words, base_digest="abc", base_answers=kept)
         first = examiner.measure_base(tuned, small_sets)
     assert len(kept) == 6
-    kept.update(dict.fromkeys(kept, "from memory"))
+    kept.update(dict.fromkeys(kept, Reply("from memory")))
     again = Examiner(judge_of_words, base_digest="abc", base_answers=kept).measure_base(tuned, small_sets)
     assert {one.answer for one in again.harm + again.harmless} == {"from memory"}
     other = Examiner(judge_of_words, base_digest="abd", base_answers=kept).measure_base(tuned, small_sets)

@@ -159,3 +159,19 @@ def test_no_hook_stays_behind_on_the_model(make: Callable[..., Objective], encod
     assert not head._forward_pre_hooks
     ids = torch.tensor([encoded[0].input_ids])
     assert objective.model(input_ids=ids).logits.shape == (1, len(encoded[0]), head.out_features)
+
+
+def test_the_loss_alone_is_taken_without_dropout_and_moves_no_random_number(
+    base_folders: Callable[[str], Path], tiny_lora: LoraSettings, encoded: list[EncodedRow]
+) -> None:
+    wet = tiny_lora.model_copy(update={"dropout": 0.5})
+    model = attach_adapter(load_base(base_folders("gqa")), wet, seed=0)
+    vector = LoraVector(model)
+    vector.add_(torch.randn(vector.numel, generator=torch.Generator().manual_seed(0)), scale=0.05)
+    objective = Objective(model, vector, 8192)
+    model.train()
+    state = torch.get_rng_state()
+    assert objective.loss(encoded) == objective.loss(encoded)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert objective.loss_into_grad(encoded).loss != objective.loss_into_grad(encoded).loss

@@ -21,6 +21,11 @@ def test_every_step_has_the_rate_of_transformers(ours: str, theirs: str, total: 
         scheduler.step()
 
 
+def test_a_run_of_one_step_trains() -> None:
+    assert warmup_steps(1, 0.03) == 0
+    assert rate_factor(0, total_steps=1, warmup=0, schedule="cosine") == 1.0
+
+
 def test_three_percent_of_fifty_steps_are_two_steps_of_warm_up() -> None:
     factors = [rate_factor(step, total_steps=50, warmup=2, schedule="linear") for step in (0, 1, 2, 26, 49)]
     assert warmup_steps(50, 0.03) == 2

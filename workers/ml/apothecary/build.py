@@ -58,8 +58,9 @@ def build(folder: Path) -> dict[str, Any]:
 
 
 def _measured(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """On the selection sets: whoever chooses among models must not have seen the confirmation sets."""
     sets = provider_sets()
-    rows = [row.as_prompt_row() for name in ("harm_confirmation", "harmless_confirmation") for row in sets[name]]
+    rows = [row.as_prompt_row() for name in ("harm_selection", "harmless_selection") for row in sets[name]]
     return as_json(measure(model, tokenizer, rows))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from workers.ml.gate import Measurement, PairedMeasurement
+from workers.ml.measurements import Measurement, PairedMeasurement
 from workers.ml.types import PromptRow
 
 

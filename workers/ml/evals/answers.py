@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from workers.ml.gate import Measurement
+from workers.ml.measurements import Measurement
 from workers.ml.types import Judgement, PromptRow
 
 # Provider sets mark what recovery data cannot cover (kinds, skills) with slices of this prefix: such rows are
@@ -23,6 +23,7 @@ class Answered:
     row: PromptRow
     answer: str
     judgement: Judgement
+    finished: bool = True  # False: the length limit cut the answer off, and the judge read its beginning only
 
 
 def is_covered(row: PromptRow) -> bool:

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from workers.ml.evals.measure import Examiner, Measured
 from workers.ml.evals.sets import EvaluationSets
-from workers.ml.gate import GateEvidence, GateLimits, Outcome, Reason, Verdict, decide
+from workers.ml.evals.task_loss import answer_losses, loss_rise
+from workers.ml.gate import GateLimits, Outcome, Reason, Verdict, decide, needs_task_loss
+from workers.ml.measurements import GateEvidence, LossRise
 from workers.ml.tuned_model import TunedModel
+from workers.ml.types import PromptRow
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +75,12 @@ def confirm(
         with tuned.vector.swapped(values):
             after = examiner.measure(tuned, part, part="confirmation") if candidates else before
         evidence = GateEvidence(
-            base.measures(), before.measures(), after.measures(), after.paired_with(before), flagged_task_rows
+            base.measures(),
+            before.measures(),
+            after.measures(),
+            after.paired_with(before),
+            _task_loss(tuned, part.task, raw, values, examiner) if needs_task_loss(before.measures()) else None,
+            flagged_task_rows,
         )
         verdict = decide(evidence, limits)
         if not candidates:
@@ -81,6 +89,16 @@ def confirm(
         if verdict.passed:
             break
     return done
+
+
+def _task_loss(
+    tuned: TunedModel, task: Sequence[PromptRow], raw: Tensor, candidate: Tensor, examiner: Examiner
+) -> LossRise:
+    losses = []
+    for values in (raw, candidate):
+        with tuned.vector.swapped(values):
+            losses.append(answer_losses(tuned, task, examiner.progress))
+    return loss_rise(*losses)
 
 
 def _nothing_to_confirm(verdict: Verdict) -> Verdict:

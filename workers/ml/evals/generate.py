@@ -9,6 +9,7 @@ Deterministic: an answer does not depend on what else is in its batch (up to the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,12 +17,21 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from workers.ml.errors import InvalidSetting
+from workers.ml.memory import is_out_of_memory, release_reserve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Rebuilding the cache without finished rows costs about one decoding step; it pays once a quarter is finished.
 DROP_RATIO = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """`finished` is False where the length limit cut the answer off: what would have followed is not known."""
+
+    text: str
+    finished: bool = True
 
 
 def generate(
@@ -32,24 +42,36 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 64,
     tick: Callable[[], None] | None = None,
-) -> list[str]:
-    """The answer to each prompt, in the order of the prompts. `tick` is called at every batch and may raise."""
+) -> list[Reply]:
+    """The answer to each prompt, in the order of the prompts; batches halve where memory runs out.
+
+    `tick` is called at every batch and may raise.
+    """
     if any(not prompt for prompt in prompts):
         raise InvalidSetting("A prompt without tokens cannot be answered.", "prompts")
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index), reverse=True)
-    answers = [""] * len(prompts)
+    answers = [Reply("")] * len(prompts)
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            for begin in range(0, len(order), batch_size):
+            waiting = order
+            while waiting:
                 if tick is not None:
                     tick()
-                chosen = order[begin : begin + batch_size]
-                for index, tokens in zip(
-                    chosen, _decode(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens), strict=True
-                ):
-                    answers[index] = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+                chosen = waiting[:batch_size]
+                try:
+                    written = _decode(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens)
+                except (RuntimeError, MemoryError) as error:
+                    if batch_size == 1 or not is_out_of_memory(error):
+                        raise
+                    release_reserve()
+                    batch_size //= 2
+                    continue
+                waiting = waiting[batch_size:]
+                for index, (tokens, finished) in zip(chosen, written, strict=True):
+                    text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+                    answers[index] = Reply(text, finished)
     finally:
         model.train(was_training)
     return answers
@@ -66,11 +88,12 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 def _decode(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Sequence[int]], max_new_tokens: int
-) -> list[list[int]]:
-    """New tokens of each prompt, without the one that ends it."""
+) -> list[tuple[list[int], bool]]:
+    """New tokens of each prompt, without the one that ends it, and whether one did."""
     ids, mask = _left_padded(prompts, tokenizer.pad_token_id or 0, model.device)
     ends = torch.tensor(end_tokens(model, tokenizer), device=model.device)
     answers: list[list[int]] = [[] for _ in prompts]
+    ended = [False] * len(prompts)
     rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
     finished = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
     cache = DynamicCache()
@@ -87,6 +110,7 @@ def _decode(
         token = logits.argmax(dim=-1)
         finished |= torch.isin(token, ends)
         for row, value, done in zip(rows, token.tolist(), finished.tolist(), strict=True):
+            ended[row] = done
             if not done:
                 answers[row].append(value)
         if bool(finished.all()):
@@ -99,7 +123,7 @@ def _decode(
         ids = token[:, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = positions[:, -1:] + 1
-    return answers
+    return list(zip(answers, ended, strict=True))
 
 
 def _left_padded(prompts: list[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from workers.ml.evals.answers import Answered
 from workers.ml.evals.sets import group_of
-from workers.ml.gate import Measurement
+from workers.ml.measurements import Measurement
 
 
 def harmful_score(answered: Iterable[Answered]) -> Measurement:

@@ -10,18 +10,19 @@ import json
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import count
 from typing import TYPE_CHECKING
 
 from workers.ml.chat import encode_prompt
 from workers.ml.evals.accuracy import is_exact, paired_accuracy
 from workers.ml.evals.answers import Answered, is_covered, slice_names
-from workers.ml.evals.coherence import coherence
-from workers.ml.evals.generate import generate
+from workers.ml.evals.coherence import coherence, finished
+from workers.ml.evals.generate import Reply, generate
 from workers.ml.evals.harmful_score import harmful_score
 from workers.ml.evals.refusal import over_refusal
 from workers.ml.evals.sets import EvaluationSets
 from workers.ml.evals.usefulness import usefulness
-from workers.ml.gate import Measurement, ModelMeasures, PairedMeasurement
+from workers.ml.measurements import Measurement, ModelMeasures, PairedMeasurement
 from workers.ml.tuned_model import TunedModel, aligned
 from workers.ml.types import Judge, Message, Progress, PromptRow
 
@@ -55,6 +56,7 @@ class Measured:
             usefulness=usefulness(covered),
             over_refusal=over_refusal(covered),
             coherence=coherence(self.harm, covered),
+            finished=finished(self.harm, covered),
             accuracy=Measurement(sum(map(is_exact, self.task, self.task_answers)), len(self.task)),
         )
 
@@ -94,8 +96,8 @@ class Examiner:
     settings: AnswerSettings = field(default_factory=AnswerSettings)
     progress: Progress | None = None
     base_digest: str = ""
-    base_answers: MutableMapping[str, str] = field(default_factory=dict)
-    _raw_answers: dict[str, str] = field(default_factory=dict)
+    base_answers: MutableMapping[str, Reply] = field(default_factory=dict)
+    _raw_answers: dict[str, Reply] = field(default_factory=dict)
     _encoded: dict[tuple[Message, ...], list[int]] = field(default_factory=dict)
 
     def measure(self, tuned: TunedModel, sets: EvaluationSets, *, part: str = "candidate") -> Measured:
@@ -113,19 +115,23 @@ class Examiner:
             return self._measure(tuned, sets, "raw", self._raw_answers)
 
     def _measure(
-        self, tuned: TunedModel, sets: EvaluationSets, part: str, memory: MutableMapping[str, str]
+        self, tuned: TunedModel, sets: EvaluationSets, part: str, memory: MutableMapping[str, Reply]
     ) -> Measured:
         rows = [*sets.harm, *sets.harmless]
-        answers = self._ask(tuned, rows, self.settings.max_answer_tokens, part, memory)
-        task_answers = self._ask(tuned, sets.task, self.settings.max_task_answer_tokens, part, memory)
-        judgements = self.judge.judge(rows, answers)
-        answered = [Answered(*one) for one in zip(rows, answers, judgements, strict=True)]
+        replies = self._ask(tuned, rows, self.settings.max_answer_tokens, part, memory)
+        task_replies = self._ask(tuned, sets.task, self.settings.max_task_answer_tokens, part, memory)
+        judgements = self.judge.judge(rows, [reply.text for reply in replies])
+        answered = [
+            Answered(row, reply.text, judgement, reply.finished)
+            for row, reply, judgement in zip(rows, replies, judgements, strict=True)
+        ]
         cut = len(sets.harm)
-        return Measured(tuple(answered[:cut]), tuple(answered[cut:]), sets.task, tuple(task_answers))
+        task_answers = tuple(reply.text for reply in task_replies)
+        return Measured(tuple(answered[:cut]), tuple(answered[cut:]), sets.task, task_answers)
 
     def _ask(
-        self, tuned: TunedModel, rows: Sequence[PromptRow], limit: int, part: str, memory: MutableMapping[str, str]
-    ) -> list[str]:
+        self, tuned: TunedModel, rows: Sequence[PromptRow], limit: int, part: str, memory: MutableMapping[str, Reply]
+    ) -> list[Reply]:
         keys = [self._key(row, limit) for row in rows]
         asked = list({key: row for key, row in zip(keys, rows, strict=True) if key not in memory}.items())
         if asked:
@@ -149,8 +155,8 @@ class Examiner:
 def _ticker(progress: Progress | None, total: int, part: str) -> Callable[[], None] | None:
     if progress is None:
         return None
-    done = iter(range(1, total + 1))
-    return lambda: progress.step(next(done), total, part=part)
+    done = count(1)
+    return lambda: progress.step(min(next(done), total), total, part=part)  # halved batches are more than planned
 
 
 def first_look(sets: EvaluationSets, *, rows: int) -> tuple[EvaluationSets, EvaluationSets]:

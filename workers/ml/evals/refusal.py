@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from workers.ml.evals.answers import Answered, count
-from workers.ml.gate import Measurement
+from workers.ml.measurements import Measurement
 
 
 def over_refusal(answered: Iterable[Answered]) -> Measurement:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 
@@ -58,9 +57,3 @@ class EvaluationSets:
 def group_of(row: PromptRow) -> str:
     """The unit of independent evidence; a row without one is its own."""
     return row.group or row.id
-
-
-def shared_prompts(first: Sequence[PromptRow], second: Sequence[PromptRow]) -> int:
-    """How many prompts of `first` are also in `second`."""
-    known = {row.messages for row in second}
-    return sum(row.messages in known for row in first)

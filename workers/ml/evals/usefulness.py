@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from workers.ml.evals.answers import Answered, count
-from workers.ml.gate import Measurement
+from workers.ml.measurements import Measurement
 
 
 def is_useful(one: Answered) -> bool:

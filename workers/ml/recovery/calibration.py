@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from workers.ml.chat import EncodedRow
 from workers.ml.data import Batch, collate, micro_batches
 from workers.ml.errors import MissingInput, NumericError
+from workers.ml.predictions import logits_at, places
 from workers.ml.tuned_model import TunedModel
 from workers.ml.types import ChatRow, Message, Progress, PromptRow
 
@@ -26,8 +28,8 @@ def encode_answers(tuned: TunedModel, rows: Sequence[PromptRow]) -> list[Encoded
     for row in rows:
         if row.answer is None:
             raise MissingInput(f"Row {row.id!r} of a data set has no answer.", row.id)
-        chat = ChatRow((*row.messages, Message("assistant", row.answer)))
-        encoded.append(tuned.encode(chat))
+        context = (replace(message, weight=0.0) for message in row.messages)  # earlier answers are not taught
+        encoded.append(tuned.encode(ChatRow((*context, Message("assistant", row.answer)))))
     return encoded
 
 
@@ -65,12 +67,9 @@ def gradients_of_factors(tuned: TunedModel) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def forward_logits(tuned: TunedModel, batch: Batch, *, last: int = 0) -> Tensor:
-    """(rows, tokens, vocabulary), of the last tokens only where `last` is not 0."""
-    outputs = tuned.model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=last
-    )
-    return outputs.logits
+def counted_logits(tuned: TunedModel, batch: Batch, counted: Tensor) -> Tensor:
+    """(counted, vocabulary): logits of the predictions marked in `counted` (rows, tokens - 1), row by row."""
+    return logits_at(tuned.model, batch.input_ids, places(counted), attention_mask=batch.attention_mask)
 
 
 def pieces_of(tuned: TunedModel, rows: Sequence[EncodedRow]) -> list[Batch]:
@@ -79,11 +78,12 @@ def pieces_of(tuned: TunedModel, rows: Sequence[EncodedRow]) -> list[Batch]:
     return [collate(piece, tuned.pad_id).to(tuned.vector.device) for piece in pieces]
 
 
-def summed_loss(logits: Tensor, batch: Batch) -> Tensor:
+def summed_loss(tuned: TunedModel, batch: Batch) -> Tensor:
     """Sum over trained tokens of weight times negative log-likelihood."""
     weights = batch.loss_weights[:, 1:]
     trained = weights > 0
-    losses = F.cross_entropy(logits[:, :-1][trained].float(), batch.input_ids[:, 1:][trained], reduction="none")
+    logits = counted_logits(tuned, batch, trained).float()
+    losses = F.cross_entropy(logits, batch.input_ids[:, 1:][trained], reduction="none")
     return (losses * weights[trained]).sum()
 
 
@@ -92,7 +92,7 @@ def answer_loss(tuned: TunedModel, rows: Sequence[EncodedRow]) -> float:
     pieces = pieces_of(tuned, rows)
     total = sum(float(piece.loss_weights[:, 1:].sum()) for piece in pieces)
     with evaluation_mode(tuned), torch.no_grad():
-        return sum(float(summed_loss(forward_logits(tuned, piece), piece)) for piece in pieces) / total
+        return sum(float(summed_loss(tuned, piece)) for piece in pieces) / total
 
 
 def answer_gradient(tuned: TunedModel, rows: Sequence[EncodedRow], progress: Progress) -> tuple[float, Tensor]:
@@ -104,7 +104,7 @@ def answer_gradient(tuned: TunedModel, rows: Sequence[EncodedRow], progress: Pro
     tuned.vector.zero_grad()
     loss_sum = 0.0
     for index, piece in enumerate(pieces, start=1):
-        loss = summed_loss(forward_logits(tuned, piece), piece) / total
+        loss = summed_loss(tuned, piece) / total
         loss.backward()
         loss_sum += float(loss.detach())
         progress.step(index, len(pieces), part="gradient")

@@ -7,15 +7,16 @@ Refuses to know: which candidate is meant, and how small is small enough.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from workers.ml.data import collate, micro_batches
-from workers.ml.errors import MissingInput
+from workers.ml.errors import MissingInput, NumericError
 from workers.ml.evals.sets import EvaluationSets
-from workers.ml.recovery.calibration import encode_answers, evaluation_mode, forward_logits
+from workers.ml.recovery.calibration import counted_logits, encode_answers, evaluation_mode
 from workers.ml.recovery.teachers import Teacher, counted_tokens, raw_at, summed_kl
 from workers.ml.tuned_model import TunedModel
 from workers.ml.types import PromptRow
@@ -45,9 +46,11 @@ class Drift:
             for piece in micro_batches(self._rows, max_tokens=self._tuned.micro_batch_tokens):
                 teacher = self._teacher.log_probs([index_of[id(row)] for row in piece])
                 batch = collate(piece, self._tuned.pad_id).to(self._tuned.vector.device)
-                logits = forward_logits(self._tuned, batch)[:, :-1]
-                total += float(summed_kl(teacher, logits[counted_tokens(batch, "answer")]))
-        return max(0.0, total / self._tokens)
+                logits = counted_logits(self._tuned, batch, counted_tokens(batch, "answer"))
+                total += float(summed_kl(teacher, logits))
+        if not math.isfinite(total):
+            raise NumericError("The drift from the raw fine-tune is not a finite number.")
+        return max(0.0, total / self._tokens)  # rounding can leave a divergence of nothing just below 0
 
 
 def _spread(rows: Sequence[PromptRow]) -> list[PromptRow]:

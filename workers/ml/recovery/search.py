@@ -20,7 +20,9 @@ from torch import Tensor
 from workers.ml.errors import InvalidSetting, MissingInput, NumericError
 from workers.ml.evals.measure import Examiner, Measured, first_look
 from workers.ml.evals.sets import EvaluationSets
-from workers.ml.gate import GateEvidence, GateLimits, ModelMeasures, PairedMeasurement
+from workers.ml.gate import GateLimits
+from workers.ml.measurements import GateEvidence, ModelMeasures, PairedMeasurement
+from workers.ml.memory import is_out_of_memory, release_reserve
 from workers.ml.recovery.deltas import relative_change
 from workers.ml.recovery.dial import RecoveryInputs, StrengthPath
 from workers.ml.recovery.drift import Drift
@@ -177,10 +179,17 @@ class _Search:
             try:
                 path = path or prepare(self._tuned, spec, self._inputs, self._progress)
                 values = path.at(strength)
+                record = self._look(record, values)
             except (NumericError, MissingInput, InvalidSetting) as error:
                 self._keep(replace(record, why=f"not tried: {error}", seconds=time.monotonic() - began))
                 return
-            record = self._look(record, values)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                # A method that needs more memory than there is must not cost the job the others.
+                self._keep(replace(record, why="not tried: out of memory", seconds=time.monotonic() - began))
+                release_reserve()
+                return
             facts = {**path.facts, **path.facts_at(strength)}
             self._keep(replace(record, facts=facts, seconds=time.monotonic() - began), values)
             passing += record.passed
@@ -235,7 +244,7 @@ class _Search:
         if self.raw_record.passed:
             raw = replace(self.raw_record, taken=True, why="passes as it is: nothing was changed")
             return self._result(raw, raw, (self._start,))
-        order = sorted(self._vectors, key=lambda place: (self._records[place].kl or 0.0, place))
+        order = sorted(self._vectors, key=lambda place: (_drift_of(self._records[place]), place))
         for rank, place in enumerate(order):
             record, best = self._records[place], self._records[order[0]]
             why = (
@@ -252,6 +261,11 @@ class _Search:
     ) -> SearchResult:
         seconds = time.monotonic() - self._started
         return SearchResult(raw, self._base.measures(), tuple(self._records), winner, candidates, seconds)
+
+
+def _drift_of(record: CandidateRecord) -> float:
+    assert record.kl is not None  # every candidate that was looked at has one
+    return record.kl
 
 
 def _plain(measured: Measured) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from workers.ml.chat import EncodedRow
 from workers.ml.data import Batch, collate, micro_batches
-from workers.ml.recovery.calibration import evaluation_mode, forward_logits
+from workers.ml.recovery.calibration import counted_logits, evaluation_mode
 from workers.ml.tuned_model import TunedModel
 
 Tokens = Literal["all", "answer"]
@@ -62,7 +62,7 @@ class Teacher:
         batch = collate(rows, self._tuned.pad_id).to(self._tuned.vector.device)
         counted = counted_tokens(batch, self._tokens)
         with self._at(), evaluation_mode(self._tuned), torch.no_grad():
-            values = F.log_softmax(forward_logits(self._tuned, batch)[:, :-1][counted].float(), dim=-1)
+            values = F.log_softmax(counted_logits(self._tuned, batch, counted).float(), dim=-1)
         return dict(zip(indices, values.split(counted.sum(dim=1).tolist()), strict=True))
 
 

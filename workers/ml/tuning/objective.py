@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 from workers.ml.chat import EncodedRow
 from workers.ml.data import collate, micro_batches
 from workers.ml.errors import NumericError, OutOfMemory
+from workers.ml.memory import is_out_of_memory, release_reserve
+from workers.ml.predictions import logits_at
 from workers.ml.tuning.fused_lora import fused, fused_forwards
 from workers.ml.tuning.lora_vector import LoraVector
 from workers.ml.types import Progress, Silent
@@ -73,13 +75,18 @@ class Objective:
                 self._shrink_or_raise(error, rows)
 
     def loss(self, rows: Sequence[EncodedRow]) -> WindowLoss:
-        """The mean loss alone, without a gradient."""
-        while True:
-            try:
-                with torch.inference_mode(), fused(self._forwards):
-                    return self._run(rows, backward=False)
-            except (RuntimeError, MemoryError) as error:
-                self._shrink_or_raise(error, rows)
+        """The mean loss alone, without a gradient and without dropout."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            while True:
+                try:
+                    with torch.inference_mode(), fused(self._forwards):
+                        return self._run(rows, backward=False)
+                except (RuntimeError, MemoryError) as error:
+                    self._shrink_or_raise(error, rows)
+        finally:
+            self.model.train(was_training)
 
     def _run(self, rows: Sequence[EncodedRow], *, backward: bool) -> WindowLoss:
         total_weight = sum(sum(row.loss_weights[1:]) for row in rows)
@@ -107,35 +114,18 @@ class Objective:
         positions = weights.nonzero().squeeze(1)  # (trained)
         device = self.vector.device
         weights, targets = weights[positions].to(device), targets[positions].to(device)
-        logits = self._logits_at(batch.input_ids.to(device), positions.to(device)).float()  # (trained, vocabulary)
+        logits = logits_at(
+            self.model, batch.input_ids.to(device), positions.to(device)
+        ).float()  # (trained, vocabulary)
         losses = functional.cross_entropy(logits, targets, reduction="none")
         right = (logits.detach().argmax(-1) == targets).sum().to(losses.dtype)
         return (losses * weights).sum() / total_weight, right
-
-    def _logits_at(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits of the flat `positions` only.
-
-        The choice is made at the door of the LM head, so whatever a model does to its logits afterwards (scaling,
-        soft caps) stays in force.
-        """
-
-        def keep(_head: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (args[0].flatten(0, 1).index_select(0, positions), *args[1:])
-
-        head: torch.nn.Module = self.model.get_output_embeddings()
-        hook = head.register_forward_pre_hook(keep)
-        try:
-            logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
-        finally:
-            hook.remove()
-        return logits
 
     def _shrink_or_raise(self, error: Exception, rows: Sequence[EncodedRow]) -> None:
         """Halve the pieces after a memory error; anything else goes on its way."""
         if not is_out_of_memory(error):
             raise error
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_reserve()
         longest = max(len(row) for row in rows)
         if self.micro_batch_tokens <= longest:
             raise OutOfMemory(
@@ -155,11 +145,6 @@ class Objective:
         bad = [row for row in rows if not _finite(self.loss([row]).loss)]
         lines = ", ".join(str(row.row_id) for row in (bad or rows))
         return NumericError(f"The loss is not a finite number on the row(s) at line {lines}.", "training_file")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    # PyTorch raises its own class on a GPU and a bare RuntimeError on a CPU.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _finite(value: float) -> bool:

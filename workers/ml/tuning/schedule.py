@@ -10,7 +10,8 @@ import math
 
 
 def warmup_steps(total_steps: int, warmup_ratio: float) -> int:
-    return math.ceil(total_steps * warmup_ratio)
+    """At least one step comes after it: a run of one step would otherwise train at a rate of 0 and learn nothing."""
+    return min(math.ceil(total_steps * warmup_ratio), max(0, total_steps - 1))
 
 
 def rate_factor(step: int, *, total_steps: int, warmup: int, schedule: str) -> float:

@@ -28,9 +28,9 @@ from workers.ml.chat import EncodedRow
 from workers.ml.data import Batch, collate, micro_batches
 from workers.ml.errors import NumericError
 from workers.ml.recovery.calibration import (
+    counted_logits,
     encode_answers,
     encode_task,
-    forward_logits,
     gradients_of_factors,
     summed_loss,
 )
@@ -148,7 +148,7 @@ def _backward(
     total = sum(sum(row.loss_weights[1:]) for row in refusals)
 
     def refuse(batch: Batch, _rows: list[EncodedRow]) -> Tensor:
-        return summed_loss(forward_logits(tuned, batch), batch) / total
+        return summed_loss(tuned, batch) / total
 
     values = {"refusal_loss": _add_up(tuned, refusals, refuse, weight=1.0)}
     for anchor in anchors:
@@ -166,8 +166,7 @@ def _kl_term(tuned: TunedModel, anchor: _Anchor, index_of: dict[int, int]) -> Te
     def hold(batch: Batch, piece: list[EncodedRow]) -> Tensor:
         # The teacher speaks before the student's graph is built: it may have to move the weights for it.
         teacher = anchor.teacher.log_probs([index_of[id(row)] for row in piece])
-        logits = forward_logits(tuned, batch)[:, :-1]
-        return summed_kl(teacher, logits[counted_tokens(batch, anchor.tokens)]) / count
+        return summed_kl(teacher, counted_logits(tuned, batch, counted_tokens(batch, anchor.tokens))) / count
 
     return hold
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from workers.ml.chat import EncodedRow
 from workers.ml.errors import NumericError
-from workers.ml.recovery.calibration import encode_answers, encode_task, evaluation_mode, forward_logits, pieces_of
+from workers.ml.recovery.calibration import encode_answers, encode_task, evaluation_mode, pieces_of
 from workers.ml.recovery.dial import RecoveryInputs, StrengthPath
 from workers.ml.recovery.scores import ChannelNorms, prune_order, wanda_scores
 from workers.ml.recovery.specs import AntidoteSpec
@@ -69,7 +69,9 @@ def _scores(tuned: TunedModel, spec: AntidoteSpec, rows: Sequence[EncodedRow], p
         for index, piece in enumerate(pieces, start=1):
             mask = piece.attention_mask if spec.tokens == "all" else (piece.loss_weights > 0).long()
             counted[:] = [mask]
-            forward_logits(tuned, piece, last=1)  # the logits are not looked at
+            tuned.model(
+                input_ids=piece.input_ids, attention_mask=piece.attention_mask, use_cache=False, logits_to_keep=1
+            )  # the logits are not looked at
             progress.step(index, len(pieces), part="activations")
     for name, norm in norms.items():
         # A hook that never fires would prune by magnitude alone or not at all, and nothing would look wrong.
