@@ -56,7 +56,9 @@ class WebhookSettings(BaseModel):
 class StorageSettings(BaseModel):
     """Objects live under `home`/objects unless a bucket is named."""
 
-    bucket: str | None = Field(None, description="S3 bucket; unset keeps objects in a local folder")
+    bucket: str | None = Field(
+        None, description="S3 bucket, with a rule that aborts incomplete uploads; unset: a local folder"
+    )
     endpoint_url: str | None = Field(None, description="of an S3-compatible store; unset means Amazon's")
     region: str = Field("us-east-1", description="of the bucket")
     access_key_id: str | None = Field(None, description="with rights on this bucket only")

@@ -9,12 +9,13 @@ multipart upload), so a reader never meets half an object.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import os
 import re
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +23,19 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, S3Store
 
+from app import telemetry
 from app.errors import NotFound, StorageFull
+from app.kit.clock import now
 from app.settings import Settings
+
+log = telemetry.get_logger(__name__)
 
 PART_BYTES = 8 << 20  # S3 wants parts of at least 5 MiB
 READ_BYTES = 1 << 20
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
+# What the local store calls an object while it is written; its own listing hides these.
+_UNFINISHED = re.compile(r".+#\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +103,8 @@ class Storage:
         with _full_disk_named():
             async with obstore.open_writer_async(self._store, key, buffer_size=PART_BYTES) as output:
                 yield ObjectWriter(output)
-            self._make_durable(key)
+            # Half a gigabyte takes the disk seconds, in which the loop has other requests to serve.
+            await asyncio.to_thread(self._make_durable, key)
 
     def open(self, key: str) -> Iterator[bytes]:
         """The object's content in pieces; raises NotFound before the first."""
@@ -141,25 +149,53 @@ class Storage:
         except FileNotFoundError:
             return
 
-    def list(self, prefix: str) -> Iterator[str]:
-        """Keys below a prefix."""
+    def discard(self, key: str) -> bool:
+        """Removes an object that no row needs. False when the store refuses: the log says so, the sweep asks again."""
+        try:
+            self.delete(key)
+        except (BaseError, OSError) as error:
+            log.warning("storage.object_left", key=key, error=str(error))
+            return False
+        return True
+
+    def remove_unfinished(self, *, unchanged_seconds: float) -> int:
+        """Removes what a killed process left of objects it was writing; says how many.
+
+        On the local disk only: a bucket keeps the parts of unfinished uploads out of sight and ends them by a rule of
+        its own (AbortIncompleteMultipartUpload).
+        """
+        removed = 0
+        for path in self._folder.rglob("*#*") if self._folder is not None else ():
+            if _UNFINISHED.fullmatch(path.name) is None:
+                continue
+            with suppress(FileNotFoundError):  # it was completed or dropped just now
+                if path.stat().st_mtime <= now() - unchanged_seconds:
+                    path.unlink()
+                    removed += 1
+        return removed
+
+    def list(self, prefix: str, *, unchanged_seconds: float | None = None) -> Iterator[str]:
+        """Keys below a prefix; on request only those whose object was last written so long ago."""
+        latest = float("inf") if unchanged_seconds is None else now() - unchanged_seconds
         for batch in obstore.list(self._store, prefix):
-            yield from (item["path"] for item in batch)
+            yield from (item["path"] for item in batch if item["last_modified"].timestamp() <= latest)
 
     def check(self) -> None:
         """Raises when the store cannot be reached."""
         next(iter(obstore.list(self._store, "probe")), None)
 
     def _make_durable(self, key: str) -> None:
-        # A database row is about to say that this object exists; without fsync a power cut could make it lie.
+        # A database row is about to say that this object exists; without fsync a power cut could make it lie. Any
+        # folder on the way may be new, and is found after a power cut only if the folder above it was synced.
         if self._folder is None:
             return
-        for path in (self._folder / key, (self._folder / key).parent):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        path = self._folder / key
+        try:
+            for entry in (path, *path.parents[: len(path.relative_to(self._folder).parts)]):
+                _sync(entry)
+        except OSError:
+            self.discard(key)
+            raise
 
 
 def open_storage(settings: Settings) -> Storage:
@@ -180,6 +216,14 @@ def open_storage(settings: Settings) -> Storage:
         client_options={"allow_http": (chosen.endpoint_url or "").startswith("http://")},
     )
     return Storage(store)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ Refuses to know: the inside of the service. Jobs go through the `openai` package
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -28,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from demo.customer import Finished, run_job
+from demo.service import environment_of_its_own
 from scripts import local_servers
 from workers.ml.apothecary.customer import CustomerMix, write_customer_files
 
@@ -57,14 +57,13 @@ def running_cluster(console: Console, home: Path) -> Iterator[Cluster]:
     """PostgreSQL, Redis, migration, gateway, workers and side process; ended in the opposite order."""
     with ExitStack() as stack:
         port = local_servers.free_port()
-        environment = {
-            **os.environ,
-            "THERIAC_HOME": str(home),
-            "THERIAC_DATABASE_URL": stack.enter_context(local_servers.postgres()),
-            "THERIAC_REDIS_URL": stack.enter_context(local_servers.redis()),
-            "THERIAC_GATEWAY__PORT": str(port),
-            "THERIAC_WORKER__SLOTS": str(WORKERS),
-        }
+        environment = environment_of_its_own(
+            THERIAC_HOME=str(home),
+            THERIAC_DATABASE_URL=stack.enter_context(local_servers.postgres()),
+            THERIAC_REDIS_URL=stack.enter_context(local_servers.redis()),
+            THERIAC_GATEWAY__PORT=str(port),
+            THERIAC_WORKER__SLOTS=str(WORKERS),
+        )
         keys = _migrate(environment)
         for service in ("gateway", "side", *["worker"] * WORKERS):
             command = local_servers.compose_command(service)

@@ -34,24 +34,29 @@ class Service:
     home: Path
 
 
+def environment_of_its_own(**settings: str) -> dict[str, str]:
+    """Our environment without the reader's settings: a demo must not touch the database or bucket they name."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("THERIAC_")} | settings
+
+
 @contextmanager
 def embedded_service() -> Iterator[Service]:
     """A running service on a free loopback port; its folder is deleted afterwards."""
     home = Path(tempfile.mkdtemp(prefix="theriac-demo-"))
     ready = home / "ready.json"
-    log = (home / "service.log").open("wb")
-    environment = {**os.environ, "THERIAC_HOME": str(home), "THERIAC_WEBHOOKS__ALLOW_PRIVATE": "false"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "app.cli", "up", "--port", "0", "--ready-file", str(ready)],
-        env=environment,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-    )
     try:
-        yield _wait(process, ready, home)
+        with (home / "service.log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "app.cli", "up", "--port", "0", "--ready-file", str(ready)],
+                env=environment_of_its_own(THERIAC_HOME=str(home)),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            yield _wait(process, ready, home)
+        finally:
+            _stop(process)
     finally:
-        _stop(process)
-        log.close()
         shutil.rmtree(home, ignore_errors=True)
 
 

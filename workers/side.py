@@ -22,7 +22,7 @@ from app.settings import Settings, get_settings
 from app.storage import Storage, open_storage
 from app.webhooks.delivery import Deliverer
 from workers.draining import DrainSignal
-from workers.sweeps import SCHEDULE
+from workers.sweeps import Sweep, run_due
 from workers.validating import Validator
 
 log = structlog.get_logger(__name__)
@@ -64,12 +64,9 @@ def deliver_webhooks(engine: Engine, settings: Settings, stop: Stop) -> None:
 
 
 def sweep(engine: Engine, storage: Storage, settings: Settings, stop: Stop) -> None:
-    due = dict.fromkeys(SCHEDULE, 0.0)
+    due: dict[Sweep, float] = {}
     while not stop():
-        for task, interval in SCHEDULE.items():
-            if time.monotonic() >= due[task] and not stop():
-                due[task] = time.monotonic() + interval
-                task(engine, storage, settings)
+        run_due(due, stop, engine, storage, settings)
         time.sleep(TICK_SECONDS)
 
 

@@ -54,18 +54,25 @@ async def create(
     if request.headers.get("content-encoding", "identity") != "identity":
         raise InvalidRequest("Send the file uncompressed.", code="unsupported_encoding", param="file")
     content_type = request.headers.get("content-type", "")
-    upload = await uploads.receive(request.stream(), content_type, storage, max_bytes=limit)
+    upload = await uploads.receive(
+        request.stream(), content_type, storage, project_id=caller.project_id, max_bytes=limit
+    )
 
     def record() -> FileObject:
-        with unit_of_work(engine) as session:
-            return file_object(files.create(session, caller.project_id, upload.new, upload.stored))
+        committing = False
+        try:
+            with unit_of_work(engine) as session:
+                answer = file_object(files.create(session, caller.project_id, upload.new, upload.stored))
+                committing = True
+        except BaseException:
+            # Without its row the object belongs to nobody. Once the commit was sent, though, only the database knows
+            # whether there is a row; if there is none, the sweep removes the object.
+            if not committing:
+                storage.discard(upload.stored.key)
+            raise
+        return answer
 
-    try:
-        return await run_in_threadpool(record)
-    except BaseException:
-        # Without its row the object belongs to nobody.
-        await run_in_threadpool(storage.delete, upload.stored.key)
-        raise
+    return await run_in_threadpool(record)
 
 
 @router.get("", response_model=FileList)
@@ -113,5 +120,5 @@ def delete(file_id: str, caller: Caller, engine: Database, storage: ObjectStore)
     """Delete a file that no unfinished job needs."""
     with unit_of_work(engine) as session:
         key = files.delete(session, caller.project_id, file_id)
-    storage.delete(key)
+    storage.discard(key)
     return FileDeleted(id=file_id)

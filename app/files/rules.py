@@ -11,6 +11,8 @@ from enum import StrEnum
 from typing import Any
 
 SAMPLES_PER_RULE = 100
+# Of all rules together; beyond it a rule still shows its first place.
+SAMPLES_PER_REPORT = 500
 
 
 class Severity(StrEnum):
@@ -84,12 +86,15 @@ class Findings:
 
     def __init__(self) -> None:
         self._by_rule: dict[str, RuleCount] = {}
+        self._samples = 0
 
     def add(self, finding: Finding, *, line: int | None, byte_offset: int | None) -> None:
         rule = RULES[finding.rule]
         counted = self._by_rule.setdefault(finding.rule, RuleCount())
         counted.count += 1
-        if len(counted.samples) < SAMPLES_PER_RULE:
+        room = len(counted.samples) < SAMPLES_PER_RULE and self._samples < SAMPLES_PER_REPORT
+        if room or not counted.samples:
+            self._samples += 1
             counted.samples.append(
                 {
                     "line": line,

@@ -57,8 +57,9 @@ def new_file_id() -> str:
     return new_id("file-")
 
 
-def storage_key(file_id: str) -> str:
-    return f"files/{file_id}"
+def storage_key(project_id: str, file_id: str) -> str:
+    """The project tells a sweep whether an object without a row is ours: buckets may be shared."""
+    return f"files/{project_id}/{file_id}"
 
 
 def create(session: Session, project_id: str, new: NewFile, stored: StoredObject) -> File:
@@ -127,25 +128,28 @@ def list_page(
 ) -> Page[File]:
     cursor = None
     if after is not None:
-        last = repository.find(session, project_id, after)
-        if last is None:
+        cursor = repository.place_of(session, project_id, after)
+        if cursor is None:
             raise InvalidRequest(
                 f"'after' names no file of this project: {after!r}.", code="invalid_cursor", param="after"
             )
-        cursor = (last.created_at, last.id)
     statement = repository.of_project(project_id, purpose)
     return fetch_page(session, statement, KEYSET, cursor=cursor, limit=limit, order=order)
 
 
 def delete(session: Session, project_id: str, file_id: str) -> str:
     """Takes the file away from the customer; returns the key whose object the caller removes after the commit."""
-    file = get(session, project_id, file_id)
+    get(session, project_id, file_id)
+    # The work item first, the file second: the order in which validators lock them too.
+    work.request_cancel(session, WorkKind.VALIDATE, file_id)
+    file = repository.find_locked(session, project_id, file_id)
+    if file is None:
+        raise no_such_file(file_id)
     job_id = repository.live_job_that_needs(session, file_id)
     if job_id is not None:
         raise Conflict(
             f"{file_id} is used by job {job_id}, which has not ended. Cancel the job or wait.", code="file_in_use"
         )
-    work.request_cancel(session, WorkKind.VALIDATE, file_id)
     repository.mark_deleted(session, file.id, now())
     return file.storage_key
 
@@ -153,6 +157,7 @@ def delete(session: Session, project_id: str, file_id: str) -> str:
 def expire(session: Session) -> list[str]:
     """Ends files whose time is over and that no live job needs; returns the keys of their objects."""
     moment = now()
+    # Asked again under the lock: a job may have been created while the query ran.
     return [
         file.storage_key
         for file in repository.expired(session, EXPIRE_BATCH)

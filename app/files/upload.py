@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from python_multipart.exceptions import FormParserError
@@ -65,25 +65,24 @@ class FormReader:
         self.ended = False
         self._header_name, self._header_value = b"", b""
         self._headers: dict[bytes, bytes] = {}
-        self._parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": self._headers.clear,
-                "on_header_field": self._on_header_field,
-                "on_header_value": self._on_header_value,
-                "on_header_end": self._on_header_end,
-                "on_headers_finished": self._on_headers_finished,
-                "on_part_data": lambda data, start, end: self.events.append(data[start:end]),
-                "on_part_end": lambda: self.events.append(PartEnded()),
-                "on_end": self._on_end,
-            },
-        )
+        with _malformed_named():
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._headers.clear,
+                    "on_header_field": self._on_header_field,
+                    "on_header_value": self._on_header_value,
+                    "on_header_end": self._on_header_end,
+                    "on_headers_finished": self._on_headers_finished,
+                    "on_part_data": lambda data, start, end: self.events.append(data[start:end]),
+                    "on_part_end": lambda: self.events.append(PartEnded()),
+                    "on_end": self._on_end,
+                },
+            )
 
     def feed(self, chunk: bytes) -> None:
-        try:
+        with _malformed_named():
             self._parser.write(chunk)
-        except FormParserError as error:
-            raise InvalidRequest("The multipart form is malformed.", code="malformed_form", param="file") from error
 
     def _on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._header_name += data[start:end]
@@ -104,6 +103,14 @@ class FormReader:
 
     def _on_end(self) -> None:
         self.ended = True
+
+
+@contextmanager
+def _malformed_named() -> Iterator[None]:
+    try:
+        yield
+    except FormParserError as error:
+        raise InvalidRequest("The multipart form is malformed.", code="malformed_form", param="file") from error
 
 
 class _Receiver:
@@ -164,19 +171,25 @@ async def receive(
     content_type: str,
     storage: Storage,
     *,
+    project_id: str,
     max_bytes: int,
     idle_seconds: float = IDLE_SECONDS,
 ) -> Upload:
-    """Reads the whole form; on any error nothing of it remains in the store."""
+    """Reads the form to its end and nothing after it; on any error nothing of it remains in the store."""
     reader, receiver = FormReader(content_type), _Receiver(max_bytes)
     file_id = new_file_id()
-    key = storage_key(file_id)
-    async with AsyncExitStack() as stack:
-        writer = await stack.enter_async_context(storage.writer(key))
+    key = storage_key(project_id, file_id)
+    async with storage.writer(key) as writer:
+        received = 0
         async for chunk in _within(body, idle_seconds):
+            received += len(chunk)
+            if received > max_bytes + FORM_OVERHEAD_BYTES:
+                raise too_large(max_bytes)
             reader.feed(chunk)
             while reader.events:
                 await receiver.take(reader.events.popleft(), writer)
+            if reader.ended:
+                break
         if not reader.ended:
             raise InvalidRequest("The upload ended before the form did.", code="incomplete_upload", param="file")
         await receiver.flush(writer)

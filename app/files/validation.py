@@ -62,6 +62,7 @@ def validate(path: Path) -> dict[str, Any]:
             if tally.rows > MAX_ROWS:
                 findings.add(Finding("too_many_rows"), line=line.number, byte_offset=line.offset)
                 break
+        _count_rest(stream, tally)
     if tally.rows == 0 and findings.accepted:
         findings.add(Finding("empty_file", found=f"{tally.bytes} bytes and no row"), line=None, byte_offset=None)
     elif tally.rows < MIN_ROWS:
@@ -137,6 +138,13 @@ def _lines(stream: BinaryIO, tally: Tally) -> Iterator[Line]:
             kept.clear()
     if length:
         yield Line(number, offset, bytes(kept) if length <= MAX_LINE_BYTES else None, length)
+
+
+def _count_rest(stream: BinaryIO, tally: Tally) -> None:
+    """Bytes and digest speak of the whole file, also where its rows were read no further."""
+    while chunk := stream.read(CHUNK_BYTES):
+        tally.hasher.update(chunk)
+        tally.bytes += len(chunk)
 
 
 def _report(findings: Findings, tally: Tally) -> dict[str, Any]:

@@ -22,6 +22,8 @@ class FileStatus(StrEnum):
 
 
 class File(Created, Table):
+    """`report` may hold hundreds of samples and is read only by who asks for it."""
+
     __tablename__ = "file"
     __table_args__ = (one_of("status", FileStatus), Index("ix_file_project_created", "project_id", "created_at", "id"))
 
@@ -34,7 +36,7 @@ class File(Created, Table):
     storage_key: Mapped[str] = mapped_column(String(255))
     status: Mapped[FileStatus] = mapped_column(enum_text(FileStatus), default=FileStatus.UPLOADED)
     status_details: Mapped[str | None] = mapped_column(String(2000))
-    report: Mapped[dict[str, Any] | None]
+    report: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
     rows: Mapped[int | None]
     expires_at: Mapped[float | None]
     deleted_at: Mapped[float | None]

@@ -104,8 +104,9 @@ def get(session: Session, project_id: str, endpoint_id: str) -> WebhookEndpoint:
 def list_(session: Session, project_id: str, *, after: str | None, limit: int) -> Page[WebhookEndpoint]:
     cursor = None
     if after is not None:
-        last = repository.find_endpoint(session, project_id, after)
-        if last is None:
+        # Also one that was deleted meanwhile: the page goes on behind it.
+        last = session.get(WebhookEndpoint, after)
+        if last is None or last.project_id != project_id:
             raise InvalidRequest(f"There is no webhook endpoint {after!r} to continue after.", param="after")
         cursor = (last.created_at, last.id)
     return repository.page_of_endpoints(session, project_id, cursor=cursor, limit=limit)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
+import os
 import resource
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,6 +93,49 @@ def test_a_put_over_an_object_that_breaks_keeps_the_old_one(store: Storage) -> N
     with pytest.raises(RuntimeError):
         store.put_stream("key", breaking())
     assert store.get_bytes("key") == b"old"
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """What was forced to the disk, in order, and whether by the thread that the test runs in."""
+    seen: list[tuple[str, bool]] = []
+
+    def note(descriptor: int) -> None:
+        here = threading.current_thread() is threading.main_thread()
+        seen.append((str(Path(f"/proc/self/fd/{descriptor}").readlink()), here))
+
+    monkeypatch.setattr(os, "fsync", note)
+    return seen
+
+
+def test_every_folder_on_the_way_to_an_object_is_forced_to_the_disk(
+    store: Storage, tmp_path: Path, synced: list[tuple[str, bool]]
+) -> None:
+    store.put_bytes("releases/job/1/weights", b"x")
+    folders = ["releases/job/1/weights", "releases/job/1", "releases/job", "releases", "."]
+    assert [Path(path) for path, _ in synced] == [tmp_path / "objects" / folder for folder in folders]
+
+
+def test_the_event_loop_does_not_wait_for_the_disk(store: Storage, synced: list[tuple[str, bool]]) -> None:
+    async def write() -> None:
+        async with store.writer("files/a") as writer:
+            await writer.write(b"x")
+
+    asyncio.run(write())
+    assert len(synced) == 3
+    assert not any(on_the_loop for _, on_the_loop in synced)
+
+
+def test_an_object_that_cannot_be_forced_to_the_disk_is_not_kept(
+    store: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageFull):
+        store.put_bytes("key", b"x")
+    assert stray_files(tmp_path) == []
 
 
 @pytest.mark.usefixtures("small_disk")

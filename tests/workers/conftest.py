@@ -57,7 +57,7 @@ class Service:
 
     def upload(self, *, validated: bool = True, text: str = ROWS) -> str:
         file_id = files.new_file_id()
-        stored = self.storage.put_bytes(files.storage_key(file_id), text.encode())
+        stored = self.storage.put_bytes(files.storage_key(self.principal.project_id, file_id), text.encode())
         with unit_of_work(self.engine) as session:
             files.create(session, self.principal.project_id, NewFile(file_id, "train.jsonl", "fine-tune"), stored)
         if validated:

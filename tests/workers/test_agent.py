@@ -311,7 +311,7 @@ def test_a_draining_worker_hands_its_job_back_uncounted(service, when):
 
 def test_a_missing_object_is_named_and_does_not_run(service, children):
     job_id = service.create_job()
-    service.storage.delete(f"files/{service.job(job_id).training_file_id}")
+    service.storage.delete(service.file(service.job(job_id).training_file_id).storage_key)
     service.agent("pass").run_next(never)
     assert service.job(job_id).error_code == "system_object_missing"
     assert children == []
@@ -319,7 +319,7 @@ def test_a_missing_object_is_named_and_does_not_run(service, children):
 
 def test_an_altered_object_is_named_and_does_not_run(service, children):
     job_id = service.create_job()
-    service.storage.put_bytes(f"files/{service.job(job_id).training_file_id}", b"other rows")
+    service.storage.put_bytes(service.file(service.job(job_id).training_file_id).storage_key, b"other rows")
     service.agent("pass").run_next(never)
     assert service.job(job_id).error_code == "system_object_altered"
     assert children == []

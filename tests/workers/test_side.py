@@ -1,4 +1,4 @@
-"""The side process's work: validation in a bounded child, sweeps of what was left behind, and going on after a fault."""
+"""The side process's work: validation in a bounded child, and going on after a fault."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from app.files import service as files
 from app.jobs import service as jobs
 from app.jobs.schemas import JobCreate
 from app.tables.files import File, FileStatus
-from app.tables.jobs import Job
-from app.tables.work import WorkItem, WorkKind, WorkState
-from app.work import service as work
-from workers import side, sweeps, validating
+from app.tables.work import WorkItem, WorkState
+from workers import side, validating
 from workers.child_output import parse_message
 from workers.supervisor import Child
 from workers.validating import Validator
@@ -81,7 +79,7 @@ def test_a_bad_file_names_the_line_and_fails_the_job_that_waited(service, valida
 def test_a_missing_object_is_our_fault_and_ends_the_wait(service, validator, file_row):
     file_id = service.upload(validated=False)
     job_id = create_waiting_job(service, file_id)
-    service.storage.delete(files.storage_key(file_id))
+    service.storage.delete(file_row(file_id).storage_key)
     validator.run_next(never)
     assert file_row(file_id).status is FileStatus.ERROR
     assert service.job(job_id).status is JobStatus.FAILED
@@ -125,63 +123,6 @@ def test_a_draining_validator_hands_the_file_back(service, validator, item_of):
     file_id = service.upload(validated=False, text="x" * (8 << 20))
     validator.run_next(lambda: True)
     assert (item_of(file_id).state, item_of(file_id).attempt) in {(WorkState.QUEUED, 0), (WorkState.DONE, 1)}
-
-
-def test_attempts_that_nobody_settled_are_removed_and_results_are_kept(service):
-    kept = service.create_job()
-    service.agent("pass").run_next(never)
-    blocked = service.create_job()
-    service.agent("block").run_next(never)
-    running = service.create_job()
-    with unit_of_work(service.engine) as session:
-        lease = work.claim(session, "alive", [WorkKind.TUNE])
-    assert (lease.subject_id, lease.fence) == (running, 1)
-    for key in (
-        f"releases/{kept}/9/adapter_model.safetensors",
-        f"quarantine/{kept}/1/adapter_model.safetensors.part",
-        f"quarantine/{running}/1/adapter_model.safetensors",
-        f"quarantine/{running}/7/adapter_model.safetensors",
-        "releases/ftjob-unknown/1/adapter_model.safetensors",
-        f"results/{kept}/9/step_metrics.csv",
-    ):
-        service.storage.put_bytes(key, b"x")
-    sweeps.remove_abandoned_objects(service.engine, service.storage, service.settings)
-    left = {"/".join(key.split("/")[:3]) for area in sweeps.AREAS for key in service.storage.list(area)}
-    assert f"releases/{kept}/1" in left
-    assert f"results/{kept}/1" in left
-    assert f"quarantine/{blocked}/1" in left
-    assert f"quarantine/{running}/1" in left, "an attempt that still runs is not litter"
-    gone = {f"releases/{kept}/9", f"quarantine/{running}/7", "releases/ftjob-unknown/1", f"results/{kept}/9"}
-    assert not gone & left
-
-
-def test_expired_files_lose_row_and_object(service, file_row):
-    file_id = service.upload()
-    with unit_of_work(service.engine) as session:
-        session.get(File, file_id).expires_at = time.time() - 1
-    sweeps.expire_files(service.engine, service.storage, service.settings)
-    assert file_row(file_id).deleted_at is not None
-    assert not service.storage.exists(files.storage_key(file_id))
-
-
-def test_a_review_that_nobody_decided_ends_as_a_block(service):
-    job_id = service.create_job()
-    service.agent("review").run_next(never)
-    with unit_of_work(service.engine) as session:
-        session.get(Job, job_id).review_deadline = time.time() - 1
-    sweeps.expire_reviews(service.engine, service.storage, service.settings)
-    job = service.job(job_id)
-    assert (job.status, job.error_code) == (JobStatus.FAILED, "safety_gate_blocked")
-
-
-def test_the_reconciler_rings_for_work_that_waits(service, monkeypatch):
-    rung: list[str] = []
-    monkeypatch.setattr("app.doorbell.ring", rung.append)
-    service.create_job()
-    rung.clear()
-    with unit_of_work(service.engine) as session:
-        work.ring_for_waiting(session, older_than_seconds=0)
-    assert rung == ["tuning"]
 
 
 def test_the_side_process_goes_on_after_a_fault_and_stops_when_asked(service, monkeypatch, file_row):

@@ -8,6 +8,7 @@ from app.domain.job_lifecycle import JobStatus
 from app.doorbell import Bell
 from app.tables.files import FileStatus
 from workers import celery_app, runtime
+from workers.sweeps import SCHEDULE
 from workers.tasks import sweep, wake, webhooks
 
 
@@ -61,7 +62,7 @@ def test_a_draining_worker_claims_nothing(service, in_child, monkeypatch):
 
 
 def test_side_tasks_run_the_same_functions(service, in_child):
-    sweep._last.clear()
+    sweep._due.clear()
     sweep.sweep()
-    assert len(sweep._last) == len(sweep.SCHEDULE)
+    assert list(sweep._due) == list(SCHEDULE)
     webhooks.webhooks()

@@ -3,14 +3,12 @@
 Knows: that beat rings every few seconds and each sweep has its own pace. Refuses to know: what is swept.
 """
 
-import time
-
 from app.doorbell import TaskName
-from workers.celery_app import app
+from workers.celery_app import app, draining
 from workers.runtime import runtime
-from workers.sweeps import SCHEDULE
+from workers.sweeps import Sweep, run_due
 
-_last: dict[object, float] = {}
+_due: dict[Sweep, float] = {}
 
 
 @app.task(
@@ -22,7 +20,4 @@ _last: dict[object, float] = {}
     time_limit=60,
 )  # type: ignore[untyped-decorator]
 def sweep() -> None:
-    for task, interval in SCHEDULE.items():
-        if time.monotonic() - _last.get(task, float("-inf")) >= interval:
-            _last[task] = time.monotonic()
-            task(runtime().engine, runtime().storage, runtime().settings)
+    run_due(_due, draining, runtime().engine, runtime().storage, runtime().settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.files.rows import check_row, count_messages_of_plain_row, parse_line
-from app.files.rules import RULES, SAMPLES_PER_RULE
+from app.files.rules import RULES, SAMPLES_PER_REPORT, SAMPLES_PER_RULE
 from app.files.validation import failure_report, main, validate
 from workers.ml.data import read_rows
 
@@ -209,6 +210,26 @@ def test_every_bad_row_is_counted_and_the_first_hundred_are_located(check: Valid
     (rule,) = report["rules"]
     assert (rule["id"], rule["count"]) == ("invalid_json", 250)
     assert [sample["line"] for sample in rule["samples"]] == list(range(1, SAMPLES_PER_RULE + 1))
+
+
+def test_a_report_has_room_for_the_first_place_of_every_rule_and_not_for_all_places(check: Validate) -> None:
+    rows = {rule: row for rule, row, _ in BROKEN_ROWS if rule != "mixed_formats"}
+    report = check(b"\n".join(row for row in rows.values() for _ in range(SAMPLES_PER_RULE)))
+    samples = [sample for rule in report["rules"] for sample in rule["samples"]]
+    assert len(report["rules"]) >= len(rows) - 1
+    assert all(rule["samples"] and rule["count"] >= SAMPLES_PER_RULE for rule in report["rules"])
+    assert SAMPLES_PER_REPORT <= len(samples) <= SAMPLES_PER_REPORT + len(RULES)
+
+
+def test_of_a_file_with_too_many_rows_every_byte_is_digested(check: Validate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digest is compared with the upload's: one of half the file would look like other bytes."""
+    monkeypatch.setattr("app.files.validation.MAX_ROWS", 20)
+    content = b"\n".join([GOOD] * 40_000)
+    assert len(content) > 3 << 20
+    report = check(content)
+    assert [rule["id"] for rule in report["rules"]] == ["too_many_rows"]
+    assert report["rules"][0]["samples"][0]["line"] == 21
+    assert (report["bytes"], report["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
 
 
 @pytest.mark.parametrize(("rule", "row", "_pointer"), BROKEN_ROWS)
