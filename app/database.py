@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.expression import FunctionElement
 from sqlalchemy.types import Double
 
 BUSY_TIMEOUT_MS = 10_000
+HURRIED_TIMEOUT_MS = 50
 STATEMENT_TIMEOUT_MS = 15_000
 
 
@@ -44,7 +45,8 @@ def open_engine(url: str) -> Engine:
     """An engine for a ``sqlite:///path`` or ``postgresql://`` URL."""
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite":
-        engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000, "check_same_thread": False})
+        local = {"timeout": BUSY_TIMEOUT_MS / 1000, "check_same_thread": False}
+        engine = create_engine(parsed, hide_parameters=True, connect_args=local)
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         return engine
@@ -54,7 +56,17 @@ def open_engine(url: str) -> Engine:
     # A network that swallows packets must show within seconds: a worker's lease depends on it.
     network = {"connect_timeout": 5, "keepalives_idle": 10, "keepalives_interval": 3, "keepalives_count": 3}
     network["tcp_user_timeout"] = STATEMENT_TIMEOUT_MS
-    return create_engine(parsed, pool_pre_ping=True, connect_args={"options": options, **network})
+    remote = {"options": options, **network}
+    engine = create_engine(parsed, pool_pre_ping=True, hide_parameters=True, connect_args=remote)
+    event.listen(engine, "handle_error", _hide_rows)
+    return engine
+
+
+def _hide_rows(context: ExceptionContext) -> None:
+    """PostgreSQL quotes the failing row or key in the message's detail; rows hold secrets and end up in no log."""
+    for error in (context.original_exception, context.sqlalchemy_exception):
+        if error is not None and error.args:
+            error.args = (str(error.args[0]).partition("\nDETAIL:")[0], *error.args[1:])
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:
@@ -62,14 +74,15 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
     # readers deadlock while upgrading; we begin explicitly instead.
     connection.isolation_level = None
     cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"busy_timeout={BUSY_TIMEOUT_MS}"):
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    mode = connection.get_execution_options().get("sqlite_begin", "IMMEDIATE")
-    connection.exec_driver_sql(f"BEGIN {mode}")
+    options = connection.get_execution_options()
+    connection.exec_driver_sql(f"PRAGMA busy_timeout={options.get('sqlite_busy_ms', BUSY_TIMEOUT_MS)}")
+    connection.exec_driver_sql(f"BEGIN {options.get('sqlite_begin', 'IMMEDIATE')}")
 
 
 @contextmanager
@@ -77,6 +90,11 @@ def unit_of_work(engine: Engine) -> Iterator[Session]:
     """One transaction: commits when the block ends well, rolls back on any exception."""
     with Session(engine, expire_on_commit=False) as session, session.begin():
         yield session
+
+
+def in_a_hurry(engine: Engine) -> Engine:
+    """The same database for what may be left undone: on SQLite it does not wait until another writer is done."""
+    return engine.execution_options(sqlite_busy_ms=HURRIED_TIMEOUT_MS)
 
 
 @contextmanager

@@ -25,15 +25,22 @@ LORA_FIELDS = ("rank", "alpha", "dropout")
 
 
 class Fault(Exception):
-    """Work that cannot go on. `retryable`: the same job may succeed later or elsewhere."""
+    """Work that cannot go on. `retryable`: the same job may succeed later or elsewhere.
 
-    def __init__(self, code: str, message: str, *, param: str | None = None, retryable: bool = False) -> None:
+    `message` is the customer's; `detail` (paths, names of machines) is for the operator and reaches only
+    `work.last_error` and the log.
+    """
+
+    def __init__(
+        self, code: str, message: str, *, param: str | None = None, retryable: bool = False, detail: str = ""
+    ) -> None:
         super().__init__(code, message)
         self.error = JobError(code, message, param)
         self.retryable = retryable
+        self.detail = detail
 
     def __str__(self) -> str:
-        return f"{self.error.code}: {self.error.message}"
+        return f"{self.error.code}: {self.error.message}" + (f" ({self.detail})" if self.detail else "")
 
 
 @contextmanager
@@ -44,15 +51,16 @@ def faults_named() -> Iterator[None]:
     except StorageFull as error:
         raise Fault("system_storage_full", error.message, retryable=True) from error
     except NotFound as error:
-        raise Fault(
-            "system_object_missing", f"An object of the job is missing from the store ({error.param})."
-        ) from error
+        message = "An object of the job is missing from the store."
+        raise Fault("system_object_missing", message, detail=str(error.param)) from error
     except ServiceError as error:
         raise Fault(f"system_{error.code}", error.message, retryable=error.retryable) from error
     except OSError as error:
         if error.errno in FULL:
             raise Fault("system_storage_full", "The worker's disk is full.", retryable=True) from error
-        raise Fault("system_storage_error", f"{type(error).__name__}: {error}", retryable=True) from error
+        detail = f"{type(error).__name__}: {error}"
+        message = "The worker could not read or write its files."
+        raise Fault("system_storage_error", message, retryable=True, detail=detail) from error
 
 
 def lay_out(plan: JobPlan, storage: Storage, folder: Path, *, tick: Tick) -> None:

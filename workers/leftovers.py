@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -27,14 +28,29 @@ def oom_kills() -> int:
     return 0
 
 
-def process_started(pid: int) -> int | None:
-    """The kernel's start time of a process in clock ticks; with the pid it names a process uniquely per boot."""
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A live process as the kernel shows it; `started` in clock ticks since the boot."""
+
+    group: int
+    session: int
+    started: int
+
+
+def look_at(pid: int | str) -> Process | None:
+    """None when there is no such process, or only what its parent has not yet buried."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] == "Z" else int(fields[19])
+    state, _parent, group, session, *rest = stat.rpartition(")")[2].split()
+    return None if state == "Z" else Process(int(group), int(session), int(rest[15]))
+
+
+def process_started(pid: int) -> int | None:
+    """The kernel's start time of a process; with the pid it names a process uniquely per boot."""
+    process = look_at(pid)
+    return process.started if process else None
 
 
 def pid_space() -> str:
@@ -60,7 +76,7 @@ def write_record(path: Path, pid: int, folder: Path) -> None:
 
 
 def end_leftovers(folder: Path) -> None:
-    """Ends children whose worker is gone, by record (pid and start time), never by name.
+    """Ends children whose worker is gone, and theirs, by record (pid and start time), never by name.
 
     A record from another container (workers may share a volume) or from before a reboot says nothing about the
     pids here; it goes when its folder is gone.
@@ -81,8 +97,38 @@ def end_leftovers(folder: Path) -> None:
             continue
         if process_started(owner) == owner_started:
             continue
-        if started is not None and process_started(pid) == started:
+        for group in _groups_left(pid, started, scratch):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
-            log.warning("leftover.ended", pid=pid, folder=str(scratch))
+                os.killpg(group, signal.SIGKILL)
+            log.warning("leftover.ended", pid=pid, group=group, folder=str(scratch))
         path.unlink(missing_ok=True)
+
+
+def _groups_left(leader: int, started: int | None, folder: Path) -> set[int]:
+    """The process groups of the session that a child led.
+
+    The kernel's death signal reaches the child alone, so the child may be gone while what it started (a wrapper's
+    trainer) goes on in its session. A session's number is given to no other process while anybody is in it, so a
+    stranger's process under it means that nothing of ours is left; without a leader, the members must be younger
+    than ours was and show our folder.
+    """
+    now = process_started(leader)
+    if now not in {None, started}:
+        return set()
+    members = {entry: look_at(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()}
+    return {
+        process.group
+        for entry, process in members.items()
+        if process is not None
+        and process.session == leader
+        and (now is not None or (process.started >= (started or 0) and _shows(entry, folder)))
+    }
+
+
+def _shows(entry: Path, folder: Path) -> bool:
+    """Whether a process works in the folder or was given it: in its environment (HOME, TMPDIR) or as an argument."""
+    try:
+        given = (entry / "environ").read_bytes() + (entry / "cmdline").read_bytes()
+        return os.fsencode(folder) in given or (entry / "cwd").readlink().is_relative_to(folder.resolve())
+    except OSError:
+        return False

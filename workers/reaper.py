@@ -40,7 +40,7 @@ def _move_subject(session: Session, item: ReapedItem) -> None:
         case WorkKind.TUNE, ReapOutcome.QUEUED:
             jobs.requeue(session, item.subject_id)
         case WorkKind.TUNE, ReapOutcome.DEAD:
-            jobs.finish_dead(session, item.subject_id, item.error)
+            jobs.finish_dead(session, item.subject_id)
         case WorkKind.TUNE, ReapOutcome.CANCELLED:
             jobs.finish_cancel(session, item.subject_id)
         case WorkKind.VALIDATE, ReapOutcome.DEAD:

@@ -20,7 +20,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from app.database import unit_of_work
-from app.domain.job_lifecycle import JobStatus, Stage
+from app.domain.job_lifecycle import TERMINAL, JobStatus, Stage
 from app.errors import ServiceError
 from app.jobs import service as jobs
 from app.jobs.outcome import JobOutcome, JobPlan
@@ -105,7 +105,8 @@ class JobRun:
             raise
         except Exception as error:
             log.exception("job.worker_fault")
-            self._failed(Fault("system_error", f"The worker failed: {type(error).__name__}.", retryable=True))
+            detail = type(error).__name__
+            self._failed(Fault("system_error", "The worker failed.", retryable=True, detail=detail))
         else:
             self._settle(outcome)
 
@@ -195,11 +196,15 @@ class JobRun:
 
     def _fault_of(self, end: RunEnd) -> Fault:
         error = end.error or {}
+        said = str(error.get("message") or "")
+        # What a bug or a broken machine says of itself was not written for customers.
+        fit = bool(said) and end.ending in {Ending.USER_ERROR, Ending.TIMED_OUT}
         return Fault(
             str(error.get("code") or "system_error"),
-            str(error.get("message") or "The trainer failed."),
+            said if fit else "The training failed; the fault is the service's.",
             param=str(error["param"]) if error.get("param") else None,
             retryable=end.ending in {Ending.RETRYABLE, Ending.STOPPED},
+            detail="" if fit else said,
         )
 
     def _settle(self, outcome: JobOutcome) -> None:
@@ -214,7 +219,7 @@ class JobRun:
         log.info("job.settled", status=self._write(settle).value)
 
     def _failed(self, fault: Fault) -> None:
-        log.warning("job.fault", code=fault.error.code, message=fault.error.message, retryable=fault.retryable)
+        log.warning("job.fault", code=fault.error.code, message=str(fault), retryable=fault.retryable)
         if not fault.retryable:
             self._settle(JobOutcome(error=fault.error))
             return
@@ -222,8 +227,8 @@ class JobRun:
         def give_back(session: Session) -> JobStatus:
             backoff = self._settings.worker.backoff_seconds
             if work.retry(session, self._lease, str(fault), backoff_seconds=backoff):
-                return jobs.requeue(session, self._lease.subject_id)
-            return jobs.finish_dead(session, self._lease.subject_id, str(fault))
+                return self._requeue(session)
+            return jobs.finish_dead(session, self._lease.subject_id)
 
         self._write(give_back)
 
@@ -235,9 +240,16 @@ class JobRun:
 
             def hand_back(session: Session) -> None:
                 work.hand_back(session, self._lease)
-                jobs.requeue(session, self._lease.subject_id)
+                self._requeue(session)
 
             self._write(hand_back)
+
+    def _requeue(self, session: Session) -> JobStatus:
+        """The item is in the queue again; it leaves it when the job was cancelled, or ended otherwise, meanwhile."""
+        status = jobs.requeue(session, self._lease.subject_id)
+        if status in TERMINAL:
+            work.request_cancel(session, self._lease.kind, self._lease.subject_id)
+        return status
 
     def _write(self, act: Callable[[Session], Result]) -> Result:
         def in_transaction() -> Result:

@@ -151,13 +151,19 @@ class Child:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        write_record(plan.record, process.pid, plan.folder)
         selector = selectors.DefaultSelector()
-        for stream, name in ((process.stdout, "stdout"), (process.stderr, "stderr")):
-            assert stream is not None
-            os.set_blocking(stream.fileno(), False)
-            selector.register(stream, selectors.EVENT_READ, name)
-        return cls(plan, process, BoundedLog(plan.folder / "trainer.log"), selector, oom_before=oom_kills())
+        try:
+            write_record(plan.record, process.pid, plan.folder)
+            for stream, name in ((process.stdout, "stdout"), (process.stderr, "stderr")):
+                assert stream is not None
+                os.set_blocking(stream.fileno(), False)
+                selector.register(stream, selectors.EVENT_READ, name)
+            return cls(plan, process, BoundedLog(plan.folder / "trainer.log"), selector, oom_before=oom_kills())
+        except BaseException:
+            # A full disk, for instance: nobody holds the child yet, so nobody else would end it.
+            _end(process, selector)
+            plan.record.unlink(missing_ok=True)
+            raise
 
     def read(self, timeout: float = TICK_SECONDS) -> list[dict[str, Any]] | None:
         """Messages that arrived, at most `timeout` late; None when the child is gone and all is read."""
@@ -198,12 +204,7 @@ class Child:
 
     def finish(self) -> RunEnd:
         """Ends whatever is left of the group, closes everything, and says how it went."""
-        self._signal(signal.SIGKILL)
-        exit_code = self.process.wait()
-        self.selector.close()
-        for stream in (self.process.stdout, self.process.stderr):
-            if stream is not None:
-                stream.close()
+        exit_code = _end(self.process, self.selector)
         self.log.close()
         self.plan.record.unlink(missing_ok=True)
         if self.garbage or self._lines.oversized:
@@ -260,8 +261,22 @@ class Child:
         return messages
 
     def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, number)
+        _signal_group(self.process, number)
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
+
+
+def _end(process: subprocess.Popen[bytes], selector: selectors.BaseSelector) -> int:
+    _signal_group(process, signal.SIGKILL)
+    exit_code = process.wait()
+    selector.close()
+    for stream in (process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
+    return exit_code
 
 
 def fault(code: str, message: str, param: str | None = None) -> dict[str, Any]:

@@ -12,15 +12,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated
 
+import structlog
 from fastapi import Depends, Header, Request
 from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from app.accounts import service as accounts
 from app.accounts.service import Operator, Principal
-from app.database import read_session, unit_of_work
+from app.database import in_a_hurry, read_session, unit_of_work
 from app.settings import Settings
 from app.storage import Storage
+
+log = structlog.get_logger(__name__)
 
 
 def get_engine(request: Request) -> Engine:
@@ -70,9 +74,14 @@ def get_writer(request: Request) -> Iterator[Session]:
 
 
 def _touch_if_due(engine: Engine, caller: Principal | Operator) -> None:
-    if caller.touch_due:
-        with unit_of_work(engine) as session:
+    """A note for the operator, never a condition: who may read may read while the database is full or locked."""
+    if not caller.touch_due:
+        return
+    try:
+        with unit_of_work(in_a_hurry(engine)) as session:
             accounts.touch(session, caller)
+    except DBAPIError as error:
+        log.warning("key.use_not_noted", error=type(error).__name__)
 
 
 Caller = Annotated[Principal, Depends(get_principal)]

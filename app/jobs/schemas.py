@@ -21,7 +21,7 @@ Auto = Literal["auto"]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Hyperparameters(Strict):
@@ -76,7 +76,7 @@ class JobCreate(Strict):
     def _storable(cls, body: Any) -> Any:
         at = find_unstorable(body)
         if at is not None:
-            message = "Text may not hold U+0000 or half of a surrogate pair."
+            message = "Text may not hold U+0000 or half of a surrogate pair, nor values be nested so deeply."
             raise InvalidRequest(message, code="invalid_value", param=at or None)
         return body
 

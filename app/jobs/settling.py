@@ -146,6 +146,8 @@ def settle(session: Session, lease: Lease, outcome: JobOutcome) -> JobStatus:
     """Ends the job (or parks it for review). The caller completes the lease in the same transaction."""
     work.require(session, lease)
     job = lock(session, lease.subject_id)
+    if job.status in TERMINAL:
+        return job.status  # cancelled after the claim and before the start: nobody is asked to stop then
     if job.status is JobStatus.CANCEL_REQUESTED or outcome.cancelled:
         return _cancelled(session, job.id)
     if outcome.error is not None:
@@ -165,14 +167,14 @@ def requeue(session: Session, job_id: str) -> JobStatus:
     return advance(session, job_id, JobStatus.QUEUED, change).status
 
 
-def finish_dead(session: Session, job_id: str, error: str) -> JobStatus:
-    """All attempts are used up. The reason is for the operator's log; the customer reads whose fault it was."""
+def finish_dead(session: Session, job_id: str) -> JobStatus:
+    """All attempts are used up. The reason names machines: it stays with the work item, for the operator."""
     job = lock(session, job_id)
     if job.status in TERMINAL:
         return job.status
     if job.status is JobStatus.CANCEL_REQUESTED:
         return _cancelled(session, job_id)
-    message = f"The service could not finish the job in the attempts allowed: {error}"
+    message = "The service could not finish the job in the attempts allowed; the fault is the service's."
     return fail(session, job_id, JobError(ATTEMPTS_EXHAUSTED, message))
 
 

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpcore
 import idna
 
 MAX_URL_LENGTH = 2048
 PUBLIC_PORTS = frozenset({443, 8443})
+ASCII = bytes(range(128)).decode()
 Address = IPv4Address | IPv6Address
 Resolver = Callable[[str, int], list[str]]
 
@@ -48,9 +49,10 @@ NEVER = [
 # prefixes, documentation, segment routing, the 6to4 relay.
 NOT_PUBLIC = [
     ip_network(text)
-    for text in ("64:ff9b::/96", "64:ff9b:1::/48", "2001::/32", "2002::/16", "::/96", "3fff::/20", "5f00::/16",
-                 "100::/64", "2001:db8::/32", "192.88.99.0/24", "100.64.0.0/10", "198.18.0.0/15")
+    for text in ("64:ff9b::/96", "64:ff9b:1::/48", "::ffff:0:0:0/96", "2001::/32", "2002::/16", "::/96", "3fff::/20",
+                 "5f00::/16", "100::/64", "2001:db8::/32", "192.88.99.0/24", "100.64.0.0/10", "198.18.0.0/15")
 ]  # fmt: skip
+TRANSLATED = NOT_PUBLIC[:3]  # the last 32 bits are an IPv4 address
 # What `allow_private` opens: the networks of a closed installation.
 PRIVATE = [
     ip_network(text)
@@ -64,7 +66,7 @@ class ForbiddenTarget(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A URL that passed the strict parse. `host` is ASCII (IDNA), without brackets."""
+    """A URL that passed the strict parse, written in ASCII: IDNA names, percent escapes. `host` has no brackets."""
 
     url: str
     scheme: str
@@ -104,12 +106,19 @@ def parse_target(url: str, rules: Rules) -> Target:
     port = port if port is not None else (443 if parts.scheme == "https" else 80)
     if port == 0 or (port not in PUBLIC_PORTS and not rules.any_port):
         raise ForbiddenTarget("Only the ports 443 and 8443 are called.")
-    return Target(url, parts.scheme, _ascii_host(host), port)
+    host = _ascii_host(host)
+    place = f"[{host}]" if ":" in host else host
+    # What is escaped already stays as it is: only characters that no request line can hold are escaped.
+    rest = quote(parts.path + (f"?{parts.query}" if parts.query else ""), safe=ASCII)
+    return Target(f"{parts.scheme}://{place}:{port}{rest}", parts.scheme, host, port)
 
 
 def _ascii_host(host: str) -> str:
     if ":" in host:
-        return host
+        try:
+            return str(IPv6Address(host))
+        except ValueError:
+            raise ForbiddenTarget("The host is not an address.") from None
     try:
         return idna.encode(host.rstrip("."), uts46=True).decode("ascii")
     except idna.IDNAError:
@@ -141,7 +150,7 @@ def _embedded(address: Address) -> list[Address]:
     """IPv4 addresses that a translator or tunnel would make of this one."""
     if isinstance(address, IPv4Address):
         return []
-    inner: list[Address] = [IPv4Address(int(address) & 0xFFFFFFFF)] if _inside(address, NOT_PUBLIC[:2]) else []
+    inner: list[Address] = [IPv4Address(int(address) & 0xFFFFFFFF)] if _inside(address, TRANSLATED) else []
     if address.sixtofour is not None:
         inner.append(address.sixtofour)
     if address.teredo is not None:

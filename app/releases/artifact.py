@@ -21,6 +21,7 @@ from app.storage import Storage
 from app.tables.releases import Release
 
 RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+POSITION_DIGITS = 19
 TAR_BLOCK = 512
 TAR_RECORD = 10_240
 
@@ -49,12 +50,17 @@ def parse_range(header: str | None, size: int) -> Span | None:
         return None
     first, last = match.groups()
     if first == "":
-        start, end = max(0, size - int(last)), size
+        start, end = max(0, size - _position(last, size)), size
     else:
-        start, end = int(first), min(size, int(last) + 1 if last else size)
+        start, end = _position(first, size), min(size, _position(last, size) + 1 if last else size)
     if start >= end:
         raise RangeNotSatisfiable(f"The file has {size} bytes.", param="Range")
     return Span(start, end)
+
+
+def _position(digits: str, size: int) -> int:
+    """No file is so long that its positions need more digits, and Python refuses to read thousands of them."""
+    return int(digits) if len(digits) < POSITION_DIGITS else size
 
 
 def stream_file(storage: Storage, release: Release, entry: Mapping[str, Any], span: Span) -> Iterator[bytes]:

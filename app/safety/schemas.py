@@ -15,7 +15,7 @@ from app.safety.library import GateLimits, JudgeChoice, MethodSpec, RecoveryPlan
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class SetRole(StrEnum):

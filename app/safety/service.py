@@ -8,6 +8,7 @@ Refuses to know: jobs, releases, and how a verdict is reached.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,22 @@ from app.database import unit_of_work
 from app.errors import InvalidRequest, NotFound, Unavailable
 from app.kit.ids import new_id
 from app.safety import repository
-from app.safety.library import BUNDLED_ASSETS, MethodSpec, RecoveryPlan, default_specs, digest_bytes, digest_file
+from app.safety.library import (
+    BUNDLED_ASSETS,
+    MethodSpec,
+    RecoveryPlan,
+    default_specs,
+    digest_bytes,
+    digest_file,
+    method_name,
+)
 from app.safety.schemas import AutoRecovery, FrozenPolicy, NoRecovery, PolicyBody, SafetyRequest, SetRole
 from app.storage import Storage
 from app.tables.safety import GateRun, Policy, ProviderSet, Verdict
 
 BUNDLED_NAME = "apothecary"
 DEFAULT_POLICY = "default"
+VERSION = re.compile(r"[0-9]{1,9}")  # what a column of 32 bits can be compared with
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +142,7 @@ def freeze(
 def find_policy(session: Session, base_model_id: str, reference: str) -> Policy:
     """By `name` (newest active version) or `name@version`."""
     name, at, text = reference.partition("@")
-    if at and not text.isdecimal():
+    if at and not VERSION.fullmatch(text):
         raise InvalidRequest(
             "Write a policy as 'name' or 'name@version', for instance 'default@1'.", param="safety.policy"
         )
@@ -165,9 +175,24 @@ def plan_recovery(body: PolicyBody, recovery: MethodSpec | AutoRecovery | NoReco
         return plan.model_copy(
             update={"mode": "auto", "specs": plan.specs or default_specs(), "budget_seconds": budget}
         )
+    _check_method(body, recovery)
     # A strength asks for exactly that strength; without one the method's own dial is searched.
     fixed = "strength" in recovery.model_fields_set
     return plan.model_copy(update={"mode": "fixed" if fixed else "auto", "specs": (recovery,)})
+
+
+def _check_method(body: PolicyBody, recovery: MethodSpec) -> None:
+    """A policy that lists methods offers these, else all; strength 0 is `none` by another name."""
+    offered = [method_name(type(spec)) for spec in body.recovery.specs]
+    name = method_name(type(recovery))
+    if offered and name not in offered:
+        raise InvalidRequest(
+            f"This policy does not offer recovery {name!r}, only {', '.join(dict.fromkeys(offered))}.",
+            code="recovery_method_not_offered",
+            param="recovery.method",
+        )
+    if recovery.strength == 0 and not body.allow_unrepaired:
+        raise InvalidRequest("This policy does not allow strength 0, which repairs nothing.", param="recovery.strength")
 
 
 def get_policy(session: Session, policy_id: str) -> Policy:

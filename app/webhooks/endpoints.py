@@ -1,22 +1,22 @@
 """`/v1/webhook_endpoints` and `/v1/webhook_deliveries`: who is told what, and what became of it.
 
-Knows: verbs, paths, headers. Refuses to know: sockets and signatures; nothing here holds a transaction while it
-waits for a name server or a receiver.
+Knows: verbs, paths, headers. Refuses to know: sockets and signatures; nothing here holds a transaction or a thread
+while it waits for a name server or a receiver.
 """
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Query
+from starlette.concurrency import run_in_threadpool
 
 from app.accounts.dependencies import Caller, CurrentSettings, Database, Reading, Writing
 from app.database import read_session, unit_of_work
 from app.domain.events import Topic
 from app.errors import InvalidRequest
 from app.tables.webhooks import DeliveryState
-from app.webhooks import delivery, service
+from app.webhooks import probing, service
 from app.webhooks.schemas import (
     DeliveryList,
     DeliveryObject,
@@ -36,7 +36,6 @@ from app.webhooks.schemas import (
     endpoint_object,
     endpoint_with_secret,
 )
-from app.webhooks.sender import Sender
 
 router = APIRouter(tags=["webhooks"])
 After = Annotated[str | None, Query(max_length=64)]
@@ -50,14 +49,17 @@ def event_types(caller: Caller) -> EventTypeList:  # noqa: ARG001 - the key is w
 
 
 @router.post("/webhook_endpoints", response_model=EndpointWithSecret)
-def create(body: EndpointCreate, caller: Caller, engine: Database, settings: CurrentSettings) -> EndpointWithSecret:
+async def create(
+    body: EndpointCreate, caller: Caller, engine: Database, settings: CurrentSettings
+) -> EndpointWithSecret:
     """Register a URL. The signing secret is in this answer and in no later one."""
-    service.check_url(body.url, settings.webhooks)
-    with unit_of_work(engine) as session:
-        endpoint = service.create(
-            session, caller.project_id, name=body.name, url=body.url, event_types=body.event_types
-        )
-    return endpoint_with_secret(endpoint)
+    await probing.check_url(caller.project_id, body.url, settings.webhooks)
+
+    def write() -> EndpointWithSecret:
+        with unit_of_work(engine) as session:
+            return endpoint_with_secret(service.create(session, caller.project_id, **dict(body)))
+
+    return await run_in_threadpool(write)
 
 
 @router.get("/webhook_endpoints", response_model=EndpointList)
@@ -80,15 +82,18 @@ def retrieve(endpoint_id: str, caller: Caller, session: Reading) -> EndpointObje
 
 
 @router.post("/webhook_endpoints/{endpoint_id}", response_model=EndpointObject)
-def update(
+async def update(
     endpoint_id: str, body: EndpointUpdate, caller: Caller, engine: Database, settings: CurrentSettings
 ) -> EndpointObject:
     """Change name, URL or event types; what is absent stays."""
     if body.url is not None:
-        service.check_url(body.url, settings.webhooks)
-    with unit_of_work(engine) as session:
-        endpoint = service.change(session, caller.project_id, endpoint_id, **body.model_dump(exclude_none=True))
-    return endpoint_object(endpoint)
+        await probing.check_url(caller.project_id, body.url, settings.webhooks)
+
+    def write() -> EndpointObject:
+        with unit_of_work(engine) as session:
+            return endpoint_object(service.change(session, caller.project_id, endpoint_id, **dict(body)))
+
+    return await run_in_threadpool(write)
 
 
 @router.delete("/webhook_endpoints/{endpoint_id}", response_model=EndpointDeleted)
@@ -114,17 +119,19 @@ def enable(endpoint_id: str, caller: Caller, session: Writing) -> EndpointObject
 
 
 @router.post("/webhook_endpoints/{endpoint_id}/test", response_model=TestResult)
-def test(
+async def test(
     endpoint_id: str, body: TestRequest, caller: Caller, engine: Database, settings: CurrentSettings
 ) -> TestResult:
     """Send a signed sample event now and answer with the receiver's status."""
     [topic] = service.known_topics([body.event_type])
-    with read_session(engine) as session:
-        endpoint = service.get(session, caller.project_id, endpoint_id)
-        sample = service.sample(endpoint, topic)
-    answer = asyncio.run(
-        delivery.send(Sender(settings.webhooks), endpoint.url, sample.secrets, sample.message_id, sample.body)
-    )
+
+    def read() -> tuple[str, service.Sample]:
+        with read_session(engine) as session:
+            endpoint = service.get(session, caller.project_id, endpoint_id)
+            return endpoint.url, service.sample(endpoint, topic)
+
+    url, sample = await run_in_threadpool(read)
+    answer = await probing.send_sample(caller.project_id, url, sample, settings.webhooks)
     if answer.status is None:
         raise InvalidRequest(f"The endpoint gave no answer: {answer.error}", code="webhook_test_failed")
     return TestResult(webhook_endpoint_id=endpoint_id, event_type=topic, status_code=answer.status)

@@ -22,7 +22,6 @@ from app.errors import Conflict, InvalidRequest, NotFound
 from app.kit.clock import now
 from app.kit.ids import new_id
 from app.kit.pagination import Page
-from app.kit.ssrf import ForbiddenTarget, Rules, parse_target, vet
 from app.settings import WebhookSettings
 from app.tables.webhooks import DeliveryState, WebhookDelivery, WebhookEndpoint
 from app.webhooks import repository, schedule, signing
@@ -58,7 +57,7 @@ class Sample:
 
 
 def create(session: Session, project_id: str, *, name: str, url: str, event_types: Sequence[str]) -> WebhookEndpoint:
-    """A new endpoint with a secret of its own. The address is vetted later, at every attempt."""
+    """A new endpoint with a secret of its own. The address is vetted at every attempt (and before, by `probing`)."""
     if repository.count_endpoints(session, project_id) >= MAX_ENDPOINTS:
         raise InvalidRequest(f"A project may have {MAX_ENDPOINTS} webhook endpoints.", code="too_many_endpoints")
     moment = now()
@@ -83,15 +82,6 @@ def known_topics(event_types: Sequence[str]) -> list[str]:
     if unknown:
         raise InvalidRequest(f"Unknown event type: {unknown[0]!r}.", code="unknown_event_type", param="event_types")
     return sorted(set(event_types)) if event_types else sorted(topic.value for topic in OPENAI_TOPICS)
-
-
-def check_url(url: str, settings: WebhookSettings) -> None:
-    """Refuses at registration what every attempt would refuse. Asks the resolver: call it outside transactions."""
-    rules = Rules(allow_private=settings.allow_private, allow_http=settings.allow_http)
-    try:
-        vet(parse_target(url, rules), rules)
-    except ForbiddenTarget as error:
-        raise InvalidRequest(str(error), code="webhook_url_refused", param="url") from None
 
 
 def get(session: Session, project_id: str, endpoint_id: str) -> WebhookEndpoint:

@@ -142,6 +142,9 @@ def end_badly(behaviour: str) -> None:
             raise SystemExit(75)
         case "bug":
             raise RuntimeError("a bug in the trainer")
+        case "confess":
+            say(type="error", code="system_bug", message="FileNotFoundError: /srv/theriac/secret", param=None)
+            raise SystemExit(1)
         case "suicide":
             say(type="stage", stage="training")
             os.kill(os.getpid(), signal.SIGKILL)

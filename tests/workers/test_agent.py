@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 from sqlalchemy import select
+from structlog.testing import capture_logs
 
 from app.database import read_session, unit_of_work
 from app.domain.job_lifecycle import JobStatus, Stage
@@ -22,6 +23,7 @@ from app.tables.work import WorkState
 from app.work import service as work
 from tests.workers.conftest import Service
 from workers.reaper import reap
+from workers.run import JobRun
 from workers.supervisor import Child, threads_per_child
 
 
@@ -307,6 +309,30 @@ def test_a_draining_worker_hands_its_job_back_uncounted(service, when):
     assert service.job(job_id).status is JobStatus.QUEUED
     service.agent("pass").run_next(never)
     assert service.job(job_id).status is JobStatus.SUCCEEDED
+
+
+@pytest.mark.parametrize(
+    ("moment", "behaviour"),
+    [("_outcome", "pass"), ("_interrupted", "slow"), ("_failed", "retryable")],
+    ids=["before the start", "while draining", "before another try"],
+)
+def test_a_cancel_between_two_steps_is_final_at_once(service, when, monkeypatch, moment, behaviour):
+    job_id = service.create_job()
+    original = getattr(JobRun, moment)
+
+    def cancelled_first(self: JobRun, *arguments: object) -> object:
+        service.cancel(job_id)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(JobRun, moment, cancelled_first)
+    draining = threading.Event()
+    if moment == "_interrupted":
+        when(partial(at_stage, service, job_id, Stage.TRAINING), draining.set)
+    with capture_logs() as lines:
+        service.agent(behaviour).run_next(draining.is_set)
+    assert "job.not_settled" not in [line["event"] for line in lines]
+    assert service.job(job_id).status is JobStatus.CANCELLED
+    assert service.item(job_id).state is WorkState.CANCELLED
 
 
 def test_a_missing_object_is_named_and_does_not_run(service, children):

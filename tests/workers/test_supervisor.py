@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,27 @@ def test_grandchildren_end_with_the_child(plan):
     assert gone(grandchild)
 
 
+def test_a_child_that_cannot_be_recorded_is_ended_at_once(plan, monkeypatch):
+    started: list[int] = []
+
+    def full(_path: Path, pid: int, _folder: Path) -> None:
+        started.append(pid)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(supervisor, "write_record", full)
+    with pytest.raises(OSError, match="No space"):
+        Child.start(plan("deaf"))
+    assert not Path(f"/proc/{started[0]}").exists(), "ended and buried"
+
+
+def test_a_child_whose_log_cannot_be_opened_leaves_no_record(plan):
+    chosen = plan("deaf")
+    (chosen.folder / "trainer.log").mkdir()
+    with pytest.raises(IsADirectoryError):
+        Child.start(chosen)
+    assert list(chosen.record.parent.iterdir()) == []
+
+
 def test_the_environment_is_small_and_bounds_threads(plan, monkeypatch):
     monkeypatch.setenv("THERIAC_STORAGE__SECRET_ACCESS_KEY", "canary")
     end, _ = run(plan("environment", threads=3))
@@ -220,6 +242,52 @@ def test_a_leftover_is_ended_by_its_record(tmp_path):
     (tmp_path / "run" / "a.json").write_text(json.dumps(record))
     leftovers.end_leftovers(tmp_path / "run")
     assert orphan.wait(5) == -signal.SIGKILL
+
+
+@pytest.fixture
+def orphan(tmp_path: Path) -> Iterator[Callable[..., tuple[int, Path]]]:
+    """A process whose session's leader, recorded, is dead; returns its pid and the record of a dead worker."""
+    pids: list[int] = []
+
+    def make(folder: Path, *, own_group: bool = False) -> tuple[int, Path]:
+        start = "set -m; " if own_group else ""
+        leader = subprocess.Popen(
+            ["bash", "-c", f"{start}sleep 3600 >/dev/null & echo $!; wait"],
+            stdout=subprocess.PIPE, text=True, start_new_session=True, cwd=folder,
+        )  # fmt: skip
+        pids.append(int(leader.stdout.readline()))
+        record = tmp_path / "run" / "a.json"
+        leftovers.write_record(record, leader.pid, tmp_path / "scratch")
+        leader.kill()
+        leader.wait()
+        leader.stdout.close()
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"owner": 2**22 + 1, "owner_started": 1}))
+        return pids[-1], record
+
+    (tmp_path / "scratch").mkdir()
+    yield make
+    for pid in pids:
+        if leftovers.process_started(pid) is not None:
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("own_group", [False, True])
+def test_what_a_dead_wrapper_started_is_ended_too(orphan, tmp_path, own_group):
+    pid, record = orphan(tmp_path / "scratch", own_group=own_group)
+    leftovers.end_leftovers(record.parent)
+    assert gone(pid)
+    assert not record.exists()
+
+
+def test_a_strangers_orphan_under_a_recycled_number_is_left_alone(orphan, tmp_path):
+    pid, record = orphan(tmp_path)
+    leftovers.end_leftovers(record.parent)
+    assert leftovers.process_started(pid) is not None
+    pid, record = orphan(tmp_path / "scratch")
+    later = leftovers.process_started(pid) + 1
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"started": later}))
+    leftovers.end_leftovers(record.parent)
+    assert leftovers.process_started(pid) is not None
 
 
 def test_a_recycled_pid_is_never_ended(tmp_path):

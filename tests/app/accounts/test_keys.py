@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
-from app.accounts import keys
+from app.accounts import keys, repository
 from app.accounts import service as accounts
-from app.database import read_session, unit_of_work
+from app.database import BUSY_TIMEOUT_MS, read_session, unit_of_work
 from app.errors import NotFound
 from app.kit.clock import now
 from tests.app.product import Product, ask_as
@@ -102,3 +104,25 @@ def test_a_project_is_made_once(product: Product) -> None:
         first = accounts.ensure_default_project(session)
         assert accounts.ensure_default_project(session).id == first.id
         assert accounts.organization_of(session, first.id).name == "default"
+
+
+def test_a_database_that_cannot_be_written_still_lets_readers_in(
+    product: Product, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OperationalError("UPDATE api_key", {}, Exception("database or disk is full"))
+
+    monkeypatch.setattr(repository, "touch", full)
+    assert client.get("/models").status_code == 200
+
+
+def test_nobody_who_reads_waits_for_a_writer(product: Product, client: TestClient) -> None:
+    if product.engine.dialect.name != "sqlite":
+        pytest.skip("PostgreSQL locks rows")
+    with unit_of_work(product.engine) as session:
+        session.execute(text("SELECT 1"))  # begins, and so holds the one write lock
+        started = time.monotonic()
+        assert client.get("/models").status_code == 200
+        assert time.monotonic() - started < 2
+    with unit_of_work(product.engine) as session:
+        assert session.scalar(text("PRAGMA busy_timeout")) == BUSY_TIMEOUT_MS, "others have their patience back"

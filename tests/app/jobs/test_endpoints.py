@@ -107,6 +107,9 @@ REFUSALS = [
     ({"safety": {"policy": "nobody's"}}, "unknown_policy", "safety.policy"),
     ({"safety": {"policy": "default@9"}}, "unknown_policy", "safety.policy"),
     ({"safety": {"policy": "default@x"}}, "invalid_request", "safety.policy"),
+    ({"safety": {"policy": "default@" + "9" * 30}}, "invalid_request", "safety.policy"),
+    ({"recovery": {"method": "noise"}}, "recovery_method_not_offered", "recovery.method"),
+    ({"recovery": {"method": "anchored-patch", "refusal_rows": 10**9}}, "invalid_value", "recovery.refusal_rows"),
     ({"safety": {"on_block": "shrug"}}, "invalid_value", "safety.on_block"),
     ({"peft": {"rank": 0}}, "invalid_value", "peft.rank"),
     ({"peft": {"rank": 257}}, "invalid_value", "peft.rank"),
@@ -127,6 +130,45 @@ def test_what_cannot_be_done_is_refused_by_name(product: Product, client: TestCl
         assert set(error) == {"message", "type", "param", "code"}
         assert error["type"] == "invalid_request_error"
     assert client.get("/fine_tuning/jobs").json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    "number",
+    ["1e999", "-1e999", "NaN", "Infinity"],
+)
+@pytest.mark.parametrize(
+    "wish",
+    [
+        '"recovery": {"method": "panacea", "rho": %s}',
+        '"recovery": {"method": "panacea", "strength": %s}',
+        '"recovery": {"method": "auto", "budget_seconds": %s}',
+        '"peft": {"alpha": %s}',
+        '"peft": {"dropout": %s}',
+        '"hyperparameters": {"learning_rate_multiplier": %s}',
+    ],
+)
+def test_what_is_no_finite_number_is_refused(client: TestClient, wish: str, number: str) -> None:
+    body = f'{{"model": "{BASE}", "training_file": "file-x", {wish % number}}}'
+    response = client.post("/fine_tuning/jobs", content=body, headers={"content-type": "application/json"})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_value")
+
+
+@pytest.mark.parametrize("depth", [40, 300, 900, 955])
+@pytest.mark.parametrize(
+    ("param", "wish"),
+    [
+        ("integrations", '"integrations": [{"a": %s}]'),
+        ("method", '"method": {"dpo": {"a": %s}}'),
+        ("mood", '"mood": %s'),
+    ],
+)
+def test_what_is_nested_too_deeply_is_refused(client: TestClient, param: str, wish: str, depth: int) -> None:
+    for opening, closing in (("[", "]"), ('{"a":', "}")):
+        nested = opening * depth + "1" + closing * depth
+        body = f'{{"model": "{BASE}", "training_file": "file-x", {wish % nested}}}'
+        response = client.post("/fine_tuning/jobs", content=body, headers={"content-type": "application/json"})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] in {param, None}, "None: the decoder gave up before us"
 
 
 @pytest.mark.parametrize("missing", ["model", "training_file"])

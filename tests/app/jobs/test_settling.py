@@ -337,8 +337,8 @@ def test_a_lost_lease_puts_the_job_back_in_the_queue(product: Product, client: T
 def test_a_job_out_of_attempts_fails_by_name(product: Product, client: TestClient) -> None:
     plan, _ = running_job(product, client)
     with unit_of_work(product.engine) as session:
-        assert jobs.finish_dead(session, plan.job_id, "worker died") is JobStatus.FAILED
-        assert jobs.finish_dead(session, plan.job_id, "again") is JobStatus.FAILED
+        assert jobs.finish_dead(session, plan.job_id) is JobStatus.FAILED
+        assert jobs.finish_dead(session, plan.job_id) is JobStatus.FAILED
     assert read_job(product, plan.job_id).error_code == "attempts_exhausted"
 
 
@@ -348,6 +348,14 @@ def test_a_cancelled_job_waiting_for_a_worker_frees_its_place(product: Product, 
     with read_session(product.engine) as session:
         item = session.scalars(select(WorkItem).where(WorkItem.subject_id == job_id)).one()
     assert item.state.value == "cancelled"
+    assert topics(product, job_id)[-1] == "fine_tuning.job.cancelled"
+
+
+def test_a_job_that_ended_before_it_was_started_stays_as_it_ended(product: Product, client: TestClient) -> None:
+    job_id = queued_job(product, client)
+    lease = claim(product, WorkKind.TUNE)
+    assert client.post(f"/fine_tuning/jobs/{job_id}/cancel").json()["status"] == "cancelled"
+    assert settle(product, lease, JobOutcome(error=JobError("system_error", "cannot start"))) == "cancelled"
     assert topics(product, job_id)[-1] == "fine_tuning.job.cancelled"
 
 

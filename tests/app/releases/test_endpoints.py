@@ -95,6 +95,8 @@ MIB = 1 << 20
         ("bytes=-7", SIZE - 7, SIZE),
         (f"bytes=-{SIZE * 2}", 0, SIZE),
         (f"bytes=10-{SIZE * 2}", 10, SIZE),
+        ("bytes=10-" + "9" * 5000, 10, SIZE),
+        ("bytes=-" + "9" * 5000, 0, SIZE),
     ],
 )
 def test_a_range_is_served_exactly(product: Product, client: TestClient, header: str, start: int, end: int) -> None:
@@ -108,7 +110,7 @@ def test_a_range_is_served_exactly(product: Product, client: TestClient, header:
 def test_ranges_that_make_no_sense(product: Product, client: TestClient) -> None:
     job = ended_job(product, client)
     url = f"/models/{job.fine_tuned_model}/artifact/{WEIGHTS_NAME}"
-    for header in (f"bytes={SIZE}-", "bytes=9-5", "bytes=-0"):
+    for header in (f"bytes={SIZE}-", "bytes=9-5", "bytes=-0", "bytes=" + "9" * 5000 + "-"):
         response = client.get(url, headers={"range": header})
         assert (response.status_code, response.json()["error"]["code"]) == (416, "range_not_satisfiable")
     for header in ("bytes=0-1,5-6", "rows=1-2", "bytes=x-y", "bytes=-"):

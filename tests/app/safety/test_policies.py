@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 from sqlalchemy import Engine, select, text
 
 from app.base_models import service as base_models
 from app.database import read_session, unit_of_work
 from app.errors import InvalidRequest, Unavailable
 from app.safety import service as safety
-from app.safety.library import GateLimits, RecoveryPlan, parse_spec
+from app.safety.library import SPECS, GateLimits, MethodSpec, RecoveryPlan, method_name, parse_spec
 from app.safety.schemas import AutoRecovery, NoRecovery, PolicyBody, SafetyRequest, SetRole
 from app.storage import Storage
 from app.tables.safety import Policy, ProviderSet
@@ -65,6 +66,35 @@ def test_a_job_may_narrow_the_plan_and_never_widen_it() -> None:
     with pytest.raises(InvalidRequest) as refused:
         safety.plan_recovery(body(allow_unrepaired=False), NoRecovery())
     assert refused.value.param == "recovery.method"
+
+
+def test_a_policy_that_lists_methods_offers_no_other() -> None:
+    listing = body(recovery={"specs": [{"method": "antidote"}, {"method": "antidote", "max_rows": 5}]})
+    assert safety.plan_recovery(listing, parse_spec({"method": "antidote"})).specs
+    with pytest.raises(InvalidRequest, match="only antidote\\.") as refused:
+        safety.plan_recovery(listing, parse_spec({"method": "scale-down"}))
+    assert refused.value.param == "recovery.method"
+    for spec in SPECS:
+        assert safety.plan_recovery(body(), parse_spec({"method": method_name(spec)})).specs, "none listed: all offered"
+
+
+def test_strength_0_is_the_raw_fine_tune_and_needs_the_same_permission() -> None:
+    identity = parse_spec({"method": "scale-down", "strength": 0})
+    assert safety.plan_recovery(body(), identity).specs == (identity,)
+    with pytest.raises(InvalidRequest) as refused:
+        safety.plan_recovery(body(allow_unrepaired=False), identity)
+    assert refused.value.param == "recovery.strength"
+    assert safety.plan_recovery(body(allow_unrepaired=False), parse_spec({"method": "scale-down"})).specs
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=method_name)
+def test_every_number_a_job_may_set_is_bounded_and_finite(spec: type[MethodSpec]) -> None:
+    knobs = [name for name, field in spec.model_fields.items() if field.annotation in {int, float}]
+    assert "strength" in knobs
+    for name in knobs:
+        for number in (1e15, float("inf"), float("nan")):
+            with pytest.raises(ValidationError, match=name):
+                parse_spec({"method": method_name(spec), name: number})
 
 
 def test_a_frozen_policy_is_what_the_job_keeps(engine: Engine) -> None:

@@ -18,7 +18,7 @@ from app.errors import Conflict, InvalidRequest
 from app.settings import WebhookSettings
 from app.tables.events import Event
 from app.tables.webhooks import DeliveryState, WebhookDelivery, WebhookEndpoint
-from app.webhooks import service
+from app.webhooks import probing, service
 from app.webhooks.delivery import Deliverer
 from app.webhooks.sender import Sender
 
@@ -232,8 +232,30 @@ def test_private_addresses_are_refused_at_every_attempt_unless_allowed(
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/", "https://127.0.0.1/", "https://169.254.169.254/latest/"])
 def test_registration_refuses_what_delivery_would_refuse(url):
     with pytest.raises(InvalidRequest) as refused:
-        service.check_url(url, WebhookSettings())
+        asyncio.run(probing.check_url("proj_a", url, WebhookSettings()))
     assert refused.value.param == "url"
+
+
+def test_an_address_that_is_not_written_in_ascii_is_delivered_to(receiver, new_endpoint, happen, deliver):
+    new_endpoint(receiver.url + "/größe?für=élan")
+    happen()
+    deliver()
+    assert len(receiver.requests) == 1
+
+
+def test_whatever_goes_wrong_counts_as_an_attempt_and_not_for_ever(
+    new_endpoint, happen, deliver, all_deliveries, receiver, monkeypatch
+):
+    async def surprised(*_: object) -> None:
+        raise TypeError("nobody thought of this")
+
+    monkeypatch.setattr(Sender, "_exchange", surprised)
+    new_endpoint(receiver.url)
+    happen()
+    assert deliver() == 3
+    [delivery] = all_deliveries()
+    assert delivery.state is DeliveryState.FAILED
+    assert {attempt["error"] for attempt in delivery.attempts} == {"the request could not be made (TypeError)"}
 
 
 def test_a_slow_endpoint_does_not_delay_another(engine, receiver, new_endpoint, happen, settings):

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 
+import httpx
 import openai
 import pytest
 import standardwebhooks
@@ -13,9 +18,13 @@ from fastapi import FastAPI
 from app import outbox
 from app.database import unit_of_work
 from app.domain.events import Topic
+from app.errors import InvalidRequest
 from app.settings import WebhookSettings
+from app.webhooks import probing
 from app.webhooks.delivery import Deliverer
 from tests.app.product import Product
+
+MORE_THAN_THREADS = 41  # the pool that all tenants' requests share has 40
 
 
 @pytest.fixture
@@ -140,3 +149,95 @@ def test_foreign_endpoints_and_deliveries_do_not_exist(sdk, receiver, happened, 
         assert anybody.request(method, path, json=body).status_code == 401, path
     assert stranger.get("/webhook_endpoints").json()["data"] == []
     assert sdk.webhooks.retrieve(made.id).name == "ci"
+
+
+@asynccontextmanager
+async def in_process(product: Product) -> AsyncIterator[Callable[[str, str, object], asyncio.Task[httpx.Response]]]:
+    """Asks the application in this very loop: by key, path and body, or None for a GET."""
+    transport = httpx.ASGITransport(product.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway/v1", timeout=30) as client:
+
+        def ask(key: str, path: str, body: object = None) -> asyncio.Task[httpx.Response]:
+            headers = {"authorization": f"Bearer {key}"}
+            sent = client.get(path, headers=headers) if body is None else client.post(path, headers=headers, json=body)
+            return asyncio.create_task(sent)
+
+        yield ask
+
+
+async def statuses(requests: list[asyncio.Task[httpx.Response]], until: int) -> list[int]:
+    """Of the first so many that were answered."""
+    answered = []
+    for request in asyncio.as_completed(requests, timeout=15):
+        answered.append((await request).status_code)
+        if len(answered) == until:
+            break
+    return sorted(answered)
+
+
+@pytest.fixture
+def patient(product, sdk) -> openai.OpenAI:
+    """The customer's client, of a gateway whose deadline is further away than the test's end."""
+    current = product.app.state.settings
+    webhooks = current.webhooks.model_copy(update={"timeout_seconds": 60.0})
+    product.app.state.settings = current.model_copy(update={"webhooks": webhooks})
+    return sdk
+
+
+def test_a_receiver_that_never_answers_holds_up_nobody_and_its_project_has_one_test_at_a_time(
+    product, patient, receiver
+):
+    silent = socket.create_server(("127.0.0.1", 0))
+    made = patient.webhooks.create(name="ci", url=f"http://127.0.0.1:{silent.getsockname()[1]}/", event_types=[])
+
+    async def play() -> None:
+        async with in_process(product) as ask:
+            body = {"event_type": "fine_tuning.job.succeeded"}
+            tests = [ask(product.api_key, f"/webhook_endpoints/{made.id}/test", body) for _ in range(MORE_THAN_THREADS)]
+            refused = [429] * (MORE_THAN_THREADS - 1)
+            assert await statuses(tests, until=len(refused)) == refused
+            assert await statuses([ask(product.other_key, "/models")], until=1) == [200]
+            silent.close()
+            assert await statuses(tests, until=MORE_THAN_THREADS) == [400, *refused]
+
+    asyncio.run(play())
+    patient.webhooks.update(made.id, url=receiver.url)
+    assert patient.webhooks.test(made.id, event_type="fine_tuning.job.succeeded").success, "the place is free again"
+
+
+def test_a_name_server_that_never_answers_holds_up_nobody(product, patient, monkeypatch):
+    released = threading.Event()
+    known = socket.getaddrinfo
+
+    def hang(host, *args, **named):
+        if host == "slow.example":
+            released.wait(30)
+            raise socket.gaierror(-2, "Name or service not known")
+        return known(host, *args, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+
+    async def play() -> None:
+        async with in_process(product) as ask:
+            body = {"name": "x", "url": "https://slow.example/"}
+            waiting = [ask(product.api_key, "/webhook_endpoints", body) for _ in range(MORE_THAN_THREADS)]
+            refused = [429] * (MORE_THAN_THREADS - 4)
+            assert await statuses(waiting, until=len(refused)) == refused
+            assert await statuses([ask(product.other_key, "/models")], until=1) == [200]
+            released.set()
+            assert await statuses(waiting, until=MORE_THAN_THREADS) == [400] * 4 + refused
+
+    try:
+        asyncio.run(play())
+    finally:
+        released.set()
+
+
+def test_a_name_that_is_not_found_in_time_is_refused():
+    def hang(_host: str, _port: int) -> list[str]:
+        time.sleep(1)
+        return []
+
+    check = probing.check_url("p", "https://slow.example/", WebhookSettings(timeout_seconds=0.1), hang)
+    with pytest.raises(InvalidRequest, match=r"within 0\.1 s"):
+        asyncio.run(check)

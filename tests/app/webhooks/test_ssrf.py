@@ -6,6 +6,7 @@ import asyncio
 import socket
 import threading
 
+import httpcore
 import pytest
 
 from app.kit import ssrf
@@ -54,6 +55,8 @@ FORBIDDEN = [
     "64:ff9b::a9fe:a9fe",
     "64:ff9b::808:808",
     "64:ff9b:1::1",
+    "::ffff:0:7f00:1",
+    "::ffff:0:808:808",
     "2002:7f00:1::",
     "2002:a9fe:a9fe::",
     "2002:808:808::",
@@ -93,6 +96,7 @@ METADATA = [
     "169.254.170.2",
     "::ffff:169.254.169.254",
     "64:ff9b::a9fe:a9fe",
+    "::ffff:0:a9fe:a9fe",
     "2002:a9fe:a9fe::",
     "100.100.100.200",
     "192.0.0.192",
@@ -156,6 +160,7 @@ def test_a_closed_network_may_be_opened_on_purpose(address):
         "https://example.com/\x00",
         "https://[fe80::1%25eth0]/",
         "https://[::1/",
+        "https://[v1.ü:]/",
         "https://" + "a" * 2050 + ".com/",
         "https://exa\u202emple.com/",
     ],
@@ -167,6 +172,25 @@ def test_urls_that_two_readers_could_read_differently_are_refused(url):
 
 def test_an_international_name_becomes_ascii():
     assert parse_target("https://bücher.example/hook", PUBLIC).host == "xn--bcher-kva.example"
+
+
+@pytest.mark.parametrize(
+    ("url", "sent"),
+    [
+        (
+            "https://bücher.example/größe?für=élan",
+            "https://xn--bcher-kva.example:443/gr%C3%B6%C3%9Fe?f%C3%BCr=%C3%A9lan",
+        ),
+        ("https://example.com/a%20b/%C3%BC?x=%2F&y=1", "https://example.com:443/a%20b/%C3%BC?x=%2F&y=1"),
+        ("https://example.com?x=1", "https://example.com:443?x=1"),
+        ("https://[2606:4700::6810:84E5]:8443/", "https://[2606:4700::6810:84e5]:8443/"),
+    ],
+)
+def test_what_is_sent_is_ascii_and_reads_the_same_again(url, sent):
+    target = parse_target(url, PUBLIC)
+    assert target.url == sent
+    assert parse_target(target.url, PUBLIC) == target
+    assert httpcore.URL(target.url).host.decode() == target.host
 
 
 @pytest.mark.parametrize("text", ["0x7f000001", "2130706433", "0177.0.0.1", "127.1", "127.0.0.1.", "①②⑦.0.0.1"])

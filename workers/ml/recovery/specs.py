@@ -17,7 +17,7 @@ Need = Literal["harmful", "refusals", "retention", "task", "aligned"]
 class MethodSpec(BaseModel):
     """What every method has in common. `strength` is the dial; 0 leaves every byte of the adapter as it is."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     implementation: ClassVar[str]  # "<module in methods>:<function>"
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -97,7 +97,7 @@ class PanaceaSpec(MethodSpec):
     gentleness: ClassVar[int] = 30
 
     strength: float = Field(1.0, ge=0, le=4, description="multiple of the perturbation of norm rho")
-    rho: float = Field(0.15, gt=0, description="norm of the perturbation at strength 1")
+    rho: float = Field(0.15, gt=0, le=1000, description="norm of the perturbation at strength 1")
     rho_unit: Literal["relative", "absolute"] = Field(
         "relative", description="relative: share of the re-gauged factors' norm; absolute: the paper's unit"
     )
@@ -118,13 +118,16 @@ class AnchoredPatchSpec(MethodSpec):
     strength: float = Field(1.0, ge=0, le=1, description="interpolation raw + strength * (patch - raw)")
     steps: int = Field(40, ge=1, le=10_000)
     learning_rate: float = Field(1e-3, gt=0, le=1)
-    anchor_weight: float = Field(3.0, ge=0, description="lambda, shared equally by the two teachers")
+    anchor_weight: float = Field(3.0, ge=0, le=1000, description="lambda, shared equally by the two teachers")
     shrink: float = Field(0.0, ge=0, lt=1, description="training starts with the update scaled by 1 - shrink")
-    refusal_rows: int = Field(20, ge=1, description="rows of refusals in a step")
-    task_rows: int = Field(10, ge=1, description="task rows in a step")
-    retention_rows: int = Field(10, ge=1, description="retention rows in a step")
+    refusal_rows: int = Field(20, ge=1, le=1000, description="rows of refusals in a step")
+    task_rows: int = Field(10, ge=1, le=1000, description="task rows in a step")
+    retention_rows: int = Field(10, ge=1, le=1000, description="retention rows in a step")
     teacher_cache_bytes: int = Field(
-        2**30, ge=0, description="memory for teachers' probabilities; rows beyond it are computed at every use"
+        2**30,
+        ge=0,
+        le=2**34,
+        description="memory for teachers' probabilities; rows beyond it are computed at every use",
     )
 
 
@@ -139,7 +142,7 @@ class NoiseSpec(MethodSpec):
     gentleness: ClassVar[int] = 90
 
     strength: float = Field(1.0, ge=0, le=100)
-    size: float = Field(0.15, gt=0, description="standard deviation, or the norm at strength 1")
+    size: float = Field(0.15, gt=0, le=1000, description="standard deviation, or the norm at strength 1")
     size_unit: Literal["relative_norm", "norm", "std"] = Field(
         "relative_norm", description="relative_norm matches panacea's relative rho on factors of the same norm"
     )
