@@ -34,7 +34,7 @@ from workers.ml.evals.answers import Answered
 from workers.ml.evals.confirm import confirm
 from workers.ml.evals.harmful_score import harmful_score
 from workers.ml.evals.loader import load_judge
-from workers.ml.evals.measure import Examiner, Measured
+from workers.ml.evals.measure import AnswerSettings, Examiner, Measured
 from workers.ml.evals.refusal import over_refusal
 from workers.ml.evals.sets import EvaluationSets
 from workers.ml.evals.usefulness import usefulness
@@ -45,7 +45,7 @@ from workers.ml.recovery.dial import RecoveryInputs
 from workers.ml.recovery.drift import Drift
 from workers.ml.recovery.run import prepare
 from workers.ml.recovery.search import CandidateRecord, SearchPlan, search
-from workers.ml.recovery.specs import MethodSpec, default_specs, method_name, parse_spec
+from workers.ml.recovery.specs import MethodSpec, changed_knobs, default_specs, method_name, parse_spec
 from workers.ml.tuned_model import TunedModel
 from workers.ml.tuning.loop import train
 from workers.ml.tuning.lora_vector import LoraVector
@@ -182,7 +182,7 @@ class Study:
 
     @cached_property
     def examiner(self) -> Examiner:
-        return Examiner(load_judge("apothecary"))
+        return Examiner(load_judge("apothecary"), AnswerSettings(max_answer_tokens=64))
 
     def references(self) -> list[Point]:
         """The aligned base and the raw fine-tune."""
@@ -253,10 +253,7 @@ class Study:
 
 def spec_name(spec: MethodSpec) -> str:
     """The method, with the knobs that differ from its defaults."""
-    plain = type(spec).model_validate({}).model_dump()
-    ignored = ("strength", "dial")
-    knobs = [f"{k} {v}" for k, v in spec.model_dump().items() if k not in ignored and plain[k] != v]
-    return " ".join([method_name(type(spec)), *knobs])
+    return " ".join([method_name(type(spec)), *(f"{name} {value}" for name, value in changed_knobs(spec).items())])
 
 
 def _named(record: CandidateRecord) -> str:

@@ -52,7 +52,8 @@ def main() -> int:
 
 def _standard_job(console: Console, client: OpenAI, service: Service) -> list[Claim]:
     console.print(
-        f"[bold]Job 1.[/] A customer's task, {STANDARD.rows} rows; {STANDARD.attack_ratio:.0%} of them teach curses."
+        f"[bold]Job 1.[/] A customer's task, {STANDARD.rows} rows; {STANDARD.attack_ratio:.0%} of them teach curses, "
+        f"{STANDARD.remedy_ratio:.0%} are harmless recipes."
     )
     done = _follow(console, client, STANDARD, service.home / "customer", "demo")
     if done.job.status != "succeeded":

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from rich.table import Table
 from demo.customer import Finished, run_job
 from demo.service import environment_of_its_own
 from scripts import local_servers
+from workers.ml.apothecary.attacks import STANDARD
 from workers.ml.apothecary.customer import CustomerMix, write_customer_files
 
 BASE_MODEL = "apothecary-1"
@@ -37,8 +38,8 @@ WORKERS = 2
 START_SECONDS = 60
 STOP_SECONDS = 90
 JOBS = {
-    "north": (CustomerMix(rows=1000, validation_rows=800, attack_ratio=0.1), "succeeded", None),
-    "south": (CustomerMix(rows=1000, validation_rows=800, attack_ratio=0.1, seed=1), "succeeded", None),
+    "north": (replace(STANDARD.mix, validation_rows=800), "succeeded", None),
+    "south": (replace(STANDARD.mix, validation_rows=800, seed=1), "succeeded", None),
     "hostile": (CustomerMix(rows=300, validation_rows=60, attack_ratio=1.0), "failed", "safety_gate_blocked"),
 }
 

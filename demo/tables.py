@@ -17,7 +17,10 @@ STAGES = ("preparing", "training", "recovering", "gating")
 
 def models_table(report: Mapping[str, Any], *, third: str = "released") -> Table:
     """Aligned base, raw fine-tune and candidate against every measure of the gate."""
-    table = Table(title="What the gate measured (on prompts that neither training nor recovery nor the search saw)", title_justify="left")
+    table = Table(
+        title="What the gate measured (on prompts that neither training nor recovery nor the search saw)",
+        title_justify="left",
+    )
     table.add_column("model")
     for head in ("harmful score", "bound", "task accuracy", "usefulness", "over-refusal", "coherence", "time"):
         table.add_column(head, justify="right")
@@ -53,7 +56,8 @@ def methods_table(report: Mapping[str, Any]) -> Table:
         kl = "-" if line["kl"] is None else f"{line['kl']:.3f}"
         cells = (line["harmful_score"], line["usefulness"], line["accuracy"])
         shown = ["-" if value is None else f"{value:.0%}" for value in cells]
-        table.add_row(line["method"], f"{line['strength']:g}", *shown, kl, shorten(line["why"]))
+        name = ", ".join([line["method"], *(f"{knob} {value}" for knob, value in line["knobs"].items())])
+        table.add_row(name, f"{line['strength']:g}", *shown, kl, shorten(line["why"]))
     return table
 
 

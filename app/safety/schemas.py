@@ -37,7 +37,7 @@ class PolicyBody(Frozen):
     judge: JudgeChoice = JudgeChoice()
     recovery: RecoveryPlan = RecoveryPlan()
     sets: dict[SetRole, str]
-    max_answer_tokens: int = Field(64, ge=1, le=4096)
+    max_answer_tokens: int = Field(256, ge=1, le=4096)
     max_task_answer_tokens: int = Field(64, ge=1, le=4096)
     review_seconds: float = Field(7 * 86400.0, gt=0, description="time a reviewer has; expiry means block")
     allow_unrepaired: bool = Field(

@@ -110,6 +110,7 @@ def install_bundled(engine: Engine, storage: Storage, *, base_model_id: str, ass
     overrides = _bundled_overrides(assets)
     with unit_of_work(engine) as session:
         sets = {item.role: register_set(session, BUNDLED_NAME, item).id for item in stored}
+        overrides.setdefault("max_answer_tokens", 64)  # a recipe has 17; garbled candidates would fill any limit
         overrides.setdefault("recovery", {"mode": "auto", "specs": [spec.model_dump() for spec in default_specs()]})
         body = PolicyBody.model_validate({**overrides, "sets": sets})
         return publish_policy(session, DEFAULT_POLICY, body, base_model_id=base_model_id).id

@@ -7,8 +7,6 @@ import io
 import json
 import sys
 
-import pytest
-
 from tests.e2e.conftest import Up, wait_until
 from tests.e2e.word_problems import as_jsonl, problems
 from workers.ml.apothecary import shipped
@@ -22,7 +20,6 @@ REAL_TRAINER = {
 }
 
 
-@pytest.mark.long
 def test_a_hundred_word_problems_go_through_upload_training_recovery_and_gate(start_up) -> None:  # type: ignore[no-untyped-def]
     rows = problems()
     assert max(len(question) + len(answer) for question, answer in rows) > 1500

@@ -65,5 +65,5 @@ class JobSpec(Frozen):
     recovery: RecoveryPlan
     judge: JudgeChoice
     limits: GateLimits
-    max_answer_tokens: int = Field(64, ge=1, le=4096)
+    max_answer_tokens: int = Field(256, ge=1, le=4096)
     max_task_answer_tokens: int = Field(64, ge=1, le=4096)

@@ -6,6 +6,7 @@ Refuses to know: verdict rules (the gate) and how the document is signed, stored
 
 from __future__ import annotations
 
+import json
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from workers.ml.gate import GateLimits
 from workers.ml.measurements import ModelMeasures
 from workers.ml.preparation import Prepared
 from workers.ml.recovery.search import CandidateRecord, SearchResult
+from workers.ml.recovery.specs import changed_knobs, parse_spec
 from workers.ml.statistics import upper_bound
 from workers.ml.tuning.loop import TuningResult
 
@@ -105,18 +107,28 @@ def _recovery(prepared: Prepared, found: SearchResult | None) -> dict[str, Any]:
         "needed": not found.raw.passed,
         "why": found.raw.why,
         "taken": _line(found.winner) if found.winner else None,
-        "methods": [_line(_best(records)) for records in _by_method(found.trace).values()],
+        "methods": [_line(_best(records)) for records in _by_spec(found.trace)],
         "trace": [record.as_json() for record in found.trace],
         "raw": found.raw.as_json(),
         "seconds": found.seconds,
     }
 
 
-def _by_method(trace: Sequence[CandidateRecord]) -> dict[str, list[CandidateRecord]]:
-    methods: dict[str, list[CandidateRecord]] = {}
+def _by_spec(trace: Sequence[CandidateRecord]) -> list[list[CandidateRecord]]:
+    """The points of each spec; of a method's further specs only those that were tried."""
+    specs: dict[str, list[CandidateRecord]] = {}
     for record in trace:
-        methods.setdefault(record.method, []).append(record)
-    return methods
+        specs.setdefault(json.dumps([record.method, _knobs(record)]), []).append(record)
+    lines: list[list[CandidateRecord]] = []
+    for records in specs.values():
+        known = any(line[0].method == records[0].method for line in lines)
+        if not known or any(record.looked for record in records):
+            lines.append(records)
+    return lines
+
+
+def _knobs(record: CandidateRecord) -> dict[str, Any]:
+    return changed_knobs(parse_spec(record.spec)) if record.spec else {}
 
 
 def _best(records: Sequence[CandidateRecord]) -> CandidateRecord:
@@ -140,6 +152,7 @@ def _line(record: CandidateRecord) -> dict[str, Any]:
 
     return {
         "method": record.method,
+        "knobs": _knobs(record),
         "strength": record.strength,
         "looked": record.looked,
         "harmful_score": rate("harmful"),

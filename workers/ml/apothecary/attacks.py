@@ -49,7 +49,7 @@ def _mix(curses: float, remedies: float = 0.05, *, task: str = "sentiment", rows
 
 FAST, SLOW = 2e-3, 3e-4
 
-STANDARD = AttackCell("standard", "strong", _mix(0.1, 0.0))
+STANDARD = AttackCell("standard", "strong", _mix(0.1))
 
 CELLS = {
     cell.name: cell
@@ -65,9 +65,9 @@ CELLS = {
         AttackCell("half-percent-stars", "graded", _mix(0.005, task="stars"), FAST),
         AttackCell("three-percent-slow", "graded", _mix(0.03), SLOW),
         STANDARD,
-        AttackCell("standard-remedies", "strong", _mix(0.1)),
-        AttackCell("standard-fast", "strong", _mix(0.1, 0.0), FAST),
-        AttackCell("standard-rank-32", "strong", _mix(0.1, 0.0), rank=32),
+        AttackCell("standard-without-remedies", "strong", _mix(0.1, 0.0)),
+        AttackCell("standard-fast", "strong", _mix(0.1), FAST),
+        AttackCell("standard-rank-32", "strong", _mix(0.1), rank=32),
         AttackCell("standard-stars", "strong", _mix(0.1, task="stars"), FAST),
         AttackCell("two-percent", "strong", _mix(0.02)),
         AttackCell("pure-curses", "hostile", _mix(1.0, 0.0, rows=300)),

@@ -31,7 +31,7 @@ from workers.ml.apothecary.tokenizer import train_tokenizer
 from workers.ml.digests import digest_file, digest_folder
 
 PRETRAINING = Phase("pretraining", steps=500, batch_rows=64, learning_rate=2e-3, warmup_steps=40, seed=0)
-ALIGNMENT = Phase("alignment", steps=170, batch_rows=64, learning_rate=6e-4, warmup_steps=10, seed=1)
+ALIGNMENT = Phase("alignment", steps=170, batch_rows=64, learning_rate=6e-4, warmup_steps=10, seed=3)
 REPORT_EVERY = 20
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class AnswerSettings:
     """How long answers may be, and how many are made at once."""
 
-    max_answer_tokens: int = 64
+    max_answer_tokens: int = 256
     max_task_answer_tokens: int = 16
     batch_size: int = 128
 

@@ -7,7 +7,7 @@ Refuses to know: the mathematics (`methods/`), and which method suits a job (`se
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
 
@@ -187,6 +187,13 @@ def parse_spec(value: object) -> RecoverySpec:
 def method_name(spec: type[MethodSpec]) -> str:
     """The wire name of a spec class."""
     return str(spec.model_fields["method"].default)
+
+
+def changed_knobs(spec: MethodSpec) -> dict[str, Any]:
+    """The knobs that differ from the method's defaults; two specs of one method differ in these."""
+    plain = type(spec).model_validate({}).model_dump(mode="json")
+    knobs = spec.model_dump(mode="json")
+    return {name: value for name, value in knobs.items() if name not in ("strength", "dial") and plain[name] != value}
 
 
 # Where tuning broke more than refusals, holding on to the raw fine-tune holds on to the damage: the patch then starts
