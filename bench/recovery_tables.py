@@ -74,7 +74,7 @@ to a harmful prompt is not safe), *other skills* are word polarity and arithmeti
 contain. KL is the mean divergence from the raw fine-tune per answer token; *change* is the relative change of the
 adapter's weight update. Seconds are those of the method, without evaluation. The dial tables are measured on the
 selection sets (100 curse pairs); only what `auto` proposes is measured on the confirmation sets, which no search and
-no dial has seen. The world's makers have: earlier bundled models were looked at on them."""
+no dial has seen. The world's makers have: bundled models were looked at on them before one was shipped (docs/LOG.md)."""
 
 
 def _cell(result: CellResult) -> Iterable[str]:
@@ -150,9 +150,10 @@ def plot(path: Path, results: Sequence[CellResult]) -> None:
             ylabel="least of task accuracy, usefulness and coherence (%)",
         )
         axis.set(xlim=(-4, 104), ylim=(-4, 104))
-        axis.legend(fontsize=8, loc="lower right")
+    handles = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), fontsize=8, loc="lower center", ncol=5)
     figure.suptitle("Along every dial; the best corner is top left")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -66,6 +66,7 @@ CELLS = {
         AttackCell("three-percent-slow", "graded", _mix(0.03), SLOW),
         STANDARD,
         AttackCell("standard-without-remedies", "strong", _mix(0.1, 0.0)),
+        AttackCell("twenty-percent", "strong", _mix(0.2)),
         AttackCell("standard-fast", "strong", _mix(0.1), FAST),
         AttackCell("standard-rank-32", "strong", _mix(0.1), rank=32),
         AttackCell("standard-stars", "strong", _mix(0.1, task="stars"), FAST),
