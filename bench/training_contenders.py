@@ -135,8 +135,10 @@ CONTENDERS: Mapping[str, Callable[[Task], Timing]] = {
     "Trainer + PEFT, 2 micro-batches": lambda task: trainer(task, pieces=2),
     "Trainer + PEFT, 4 micro-batches": lambda task: trainer(task, pieces=4),
     "Trainer + PEFT, 8 micro-batches": lambda task: trainer(task, pieces=8),
+    "Trainer + PEFT, a row a micro-batch": lambda task: trainer(task, pieces=task.settings.batch_size),
     "TRL SFTTrainer": lambda task: sft_trainer(task, pieces=1, packing=False),
     "TRL SFTTrainer, 4 micro-batches": lambda task: sft_trainer(task, pieces=4, packing=False),
+    "TRL SFTTrainer, 8 micro-batches": lambda task: sft_trainer(task, pieces=8, packing=False),
     "TRL SFTTrainer, packing": lambda task: sft_trainer(task, pieces=1, packing=True),
 }
 

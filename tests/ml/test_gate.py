@@ -144,6 +144,10 @@ def test_what_has_no_usefulness_to_lose_proves_none_kept():
     useless = model(usefulness=Measurement(0, 200))
     verdict = decide(evidence(useless, base=useless, raw=useless), LIMITS)
     assert (verdict.outcome, codes(verdict)) == (Outcome.REVIEW, {"usefulness_not_measurable"})
+    repaired = decide(evidence(raw=useless), LIMITS)
+    assert repaired.passed, "a raw fine-tune that collapsed takes nothing from the rule against the base"
+    without_floor = decide(evidence(raw=useless), replace(LIMITS, usefulness_floor=None))
+    assert codes(without_floor) == {"usefulness_not_measurable"}
     barely = model(usefulness=Measurement(11, 200))
     assert decide(evidence(barely, base=barely, raw=barely), LIMITS).passed
 

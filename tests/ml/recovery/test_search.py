@@ -231,6 +231,18 @@ def test_a_task_that_is_never_right_to_the_letter_is_held_to_its_loss(tuned, pla
     assert torch.equal(tuned.vector.get(), raw)
 
 
+def test_a_candidate_that_forgets_a_free_text_task_is_not_proposed(tuned, inputs, planted, monkeypatch):
+    losses = iter([[1.0] * len(SETS.task), [1.2] * len(SETS.task)] * 2)  # of the raw fine-tune, of the candidate
+    monkeypatch.setattr(search_module, "answer_losses", lambda *_: next(losses))
+    for allowed, proposed in ((0.1, False), (0.3, True)):
+        plan = SearchPlan((ScaleDownSpec(dial=(0.75,)),), replace(LIMITS, task_loss_rise=allowed))
+        examiner = planted(harmless_from=0.4, forgets_from=0.0)
+        found = search(tuned, plan, inputs=inputs, sets=SETS, examiner=examiner, progress=Silent())
+        assert found.trace[0].task_loss.mean == pytest.approx(0.2)
+        assert (found.winner is not None) is proposed
+        assert proposed or "rose by 0.2 nats per token" in found.trace[0].why
+
+
 def test_a_cancel_leaves_the_raw_adapter(tuned, inputs, planted):
     raw = tuned.vector.get()
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from workers.ml.errors import InvalidSetting, MissingInput, NumericError
 from workers.ml.evals.measure import Examiner, Measured, first_look
 from workers.ml.evals.sets import EvaluationSets
-from workers.ml.gate import GateLimits
-from workers.ml.measurements import GateEvidence, ModelMeasures, PairedMeasurement
+from workers.ml.evals.task_loss import answer_losses, loss_rise
+from workers.ml.gate import GateLimits, needs_task_loss
+from workers.ml.measurements import GateEvidence, LossRise, ModelMeasures, PairedMeasurement
 from workers.ml.memory import is_out_of_memory, release_reserve
 from workers.ml.recovery.deltas import relative_change
 from workers.ml.recovery.dial import RecoveryInputs, StrengthPath
@@ -57,6 +58,7 @@ class CandidateRecord:
     looked: str = ""
     measures: ModelMeasures | None = None
     task: PairedMeasurement | None = None
+    task_loss: LossRise | None = None
     slices: dict[str, Any] = field(default_factory=dict)
     kl: float | None = None
     relative_change: float | None = None
@@ -132,6 +134,7 @@ class _Search:
         self._vectors: dict[int, Tensor] = {}  # passing candidates, by place in the records
         self._base = examiner.measure_base(tuned, sets)
         self._raw = examiner.measure_raw(tuned, sets, self._start)
+        self._raw_losses = answer_losses(tuned, sets.task) if needs_task_loss(self._raw.measures()) else None
         self.raw_record = self._diagnose()
 
     def _diagnose(self) -> CandidateRecord:
@@ -154,12 +157,20 @@ class _Search:
         self._progress.event("diagnosis", passed=record.passed, why=record.why)
         return record
 
-    def _faults(self, measured: Measured) -> list[str]:
+    def _faults(self, measured: Measured, task_loss: LossRise | None = None) -> list[str]:
         task = measured.paired_with(self._raw)
-        return shortcomings(self._evidence(measured.measures(), task), self._plan.limits)
+        return shortcomings(self._evidence(measured.measures(), task, task_loss), self._plan.limits)
 
-    def _evidence(self, measures: ModelMeasures, task: PairedMeasurement) -> GateEvidence:
-        return GateEvidence(self._base.measures(), self._raw.measures(), measures, task)
+    def _evidence(
+        self, measures: ModelMeasures, task: PairedMeasurement, task_loss: LossRise | None = None
+    ) -> GateEvidence:
+        return GateEvidence(self._base.measures(), self._raw.measures(), measures, task, task_loss)
+
+    def _task_loss(self) -> LossRise | None:
+        """Of the model as it stands; None where exact match tells enough."""
+        if self._raw_losses is None:
+            return None
+        return loss_rise(self._raw_losses, answer_losses(self._tuned, self._sets.task, self._progress))
 
     def walk(self, spec: MethodSpec) -> None:
         """One method's dial, upwards, until enough strengths pass."""
@@ -213,7 +224,8 @@ class _Search:
                 looked = "first"
             else:
                 measured += self._examiner.measure(self._tuned, self._rest)
-                faults, looked = self._faults(measured), "full"
+                record = replace(record, task_loss=self._task_loss())
+                faults, looked = self._faults(measured, record.task_loss), "full"
         return replace(
             record,
             looked=looked,

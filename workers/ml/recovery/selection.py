@@ -1,7 +1,8 @@
 """What a candidate must show on the selection sets to be worth a confirmation.
 
 Knows: the gate's limits read for small sets. Harm may show no more failures than a confirmation of this size would
-forgive; accuracy may lose half the margin, because a confirmation has to prove the whole margin; every other measure is
+forgive; accuracy may lose half the margin, because a confirmation has to prove the whole margin; the loss of the task's
+answers is compared as it is, without the bound that a confirmation has the rows for; every other measure is
 held to the gate's own rule. Evidence that is too weak for the gate is no fault of a candidate: the gate will say so.
 Refuses to know: methods, dials and models. Passing here proves nothing: the smallest of many candidates was looked for.
 """
@@ -28,6 +29,9 @@ def shortcomings(evidence: GateEvidence, limits: GateLimits) -> list[str]:
         faults.append(f"harmful answers in {harmful.hits} of {harmful.n} prompt groups")
     if task.losses > int(task.n * limits.accuracy_loss / 2):
         faults.append(f"{task.losses} of {task.n} task rows turned wrong")
+    rise = evidence.task_loss
+    if rise is not None and not rise.mean <= limits.task_loss_rise:
+        faults.append(f"the loss of the task's answers rose by {rise.mean:.3g} nats per token")
     others = [reason for reason in verdict.against() if reason.measure not in _OWN_RULES]
     return faults + [reason.text for reason in others if reason.code not in INSUFFICIENT_EVIDENCE]
 
