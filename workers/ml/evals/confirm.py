@@ -16,9 +16,8 @@ from workers.ml.evals.measure import Examiner, Measured
 from workers.ml.evals.sets import EvaluationSets
 from workers.ml.evals.task_loss import answer_losses, loss_rise
 from workers.ml.gate import GateLimits, Outcome, Reason, Verdict, decide, needs_task_loss
-from workers.ml.measurements import GateEvidence, LossRise
+from workers.ml.measurements import GateEvidence
 from workers.ml.tuned_model import TunedModel
-from workers.ml.types import PromptRow
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,18 +67,24 @@ def confirm(
     raw = tuned.vector.get()
     plan = list(candidates[: limits.planned_confirmations]) or [raw]
     done: list[Confirmation] = []
+    raw_losses: list[float] | None = None  # every part has the same task rows
     for number, values in enumerate(plan):
         part = sets.part(number, limits.planned_confirmations)
         base = examiner.measure_base(tuned, part)
         before = examiner.measure_raw(tuned, part, raw)
-        with tuned.vector.swapped(values):
-            after = examiner.measure(tuned, part, part="confirmation") if candidates else before
+        if raw_losses is None and needs_task_loss(before.measures()):
+            raw_losses = answer_losses(tuned, part.task, examiner.progress)
+        after, losses = before, raw_losses
+        if candidates:
+            with tuned.vector.swapped(values):
+                after = examiner.measure(tuned, part, part="confirmation")
+                losses = answer_losses(tuned, part.task, examiner.progress) if raw_losses is not None else None
         evidence = GateEvidence(
             base.measures(),
             before.measures(),
             after.measures(),
             after.paired_with(before),
-            _task_loss(tuned, part.task, raw, values, examiner) if needs_task_loss(before.measures()) else None,
+            loss_rise(raw_losses, losses) if raw_losses is not None and losses is not None else None,
             flagged_task_rows,
         )
         verdict = decide(evidence, limits)
@@ -89,16 +94,6 @@ def confirm(
         if verdict.passed:
             break
     return done
-
-
-def _task_loss(
-    tuned: TunedModel, task: Sequence[PromptRow], raw: Tensor, candidate: Tensor, examiner: Examiner
-) -> LossRise:
-    losses = []
-    for values in (raw, candidate):
-        with tuned.vector.swapped(values):
-            losses.append(answer_losses(tuned, task, examiner.progress))
-    return loss_rise(*losses)
 
 
 def _nothing_to_confirm(verdict: Verdict) -> Verdict:
