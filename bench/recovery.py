@@ -27,6 +27,7 @@ from workers.ml.apothecary import shipped
 from workers.ml.apothecary.attacks import CELLS, AttackCell
 from workers.ml.apothecary.customer import make_customer_data
 from workers.ml.apothecary.sets import read_set
+from workers.ml.candidate import applied
 from workers.ml.checkpoints import attach_adapter, load_base
 from workers.ml.customer_rows import CustomerRows, as_prompt, sort_rows
 from workers.ml.data import parse_row
@@ -45,7 +46,7 @@ from workers.ml.recovery.dial import RecoveryInputs
 from workers.ml.recovery.drift import Drift
 from workers.ml.recovery.run import prepare
 from workers.ml.recovery.search import CandidateRecord, SearchPlan, search
-from workers.ml.recovery.specs import MethodSpec, changed_knobs, default_specs, method_name, parse_spec
+from workers.ml.recovery.specs import MethodSpec, default_specs, label, method_name, parse_spec
 from workers.ml.tuned_model import TunedModel
 from workers.ml.tuning.loop import train
 from workers.ml.tuning.lora_vector import LoraVector
@@ -203,7 +204,7 @@ class Study:
 
     def sweep(self, spec: MethodSpec) -> list[Point]:
         """Every strength of one dial; the method is prepared only if a point is missing."""
-        name, points, path = spec_name(spec), [], None
+        name, points, path = label(spec), [], None
         for strength in DIALS[method_name(type(spec))]:
             key = {**self.key, "spec": spec.model_dump(mode="json"), "strength": strength}
             kept = self.store.get(key)
@@ -213,7 +214,7 @@ class Study:
                 values = path.at(strength)
                 seconds = time.perf_counter() - began
                 change = relative_change(self.tuned.vector, values, self.raw)
-                with self.tuned.vector.swapped(values):
+                with applied(self.tuned, values):
                     measured, kl = self.examiner.measure(self.tuned, self.selection), self.drift()
                 kept = asdict(Point(name, strength, columns_of(measured), kl, change, seconds))
                 self.store.put(key, kept)
@@ -251,13 +252,8 @@ class Study:
         return dict(kept)
 
 
-def spec_name(spec: MethodSpec) -> str:
-    """The method, with the knobs that differ from its defaults."""
-    return " ".join([method_name(type(spec)), *(f"{name} {value}" for name, value in changed_knobs(spec).items())])
-
-
 def _named(record: CandidateRecord) -> str:
-    return spec_name(parse_spec(record.spec)) if record.spec else "the raw fine-tune"
+    return label(parse_spec(record.spec)) if record.spec else "the raw fine-tune"
 
 
 def columns_of(measured: Measured) -> dict[str, list[int]]:
@@ -300,7 +296,7 @@ def main() -> None:
         points = study.references()
         for spec in default_specs(controls=True):
             points += study.sweep(spec)
-            print(f"{name}: {spec_name(spec)} swept")
+            print(f"{name}: {label(spec)} swept")
         auto = None if arguments.no_auto else study.auto(default_specs())
         results.append(recovery_tables.CellResult(study.cell, points, auto))
     recovery_tables.write(arguments.docs, results)

@@ -63,7 +63,7 @@ def retrieve(_caller: Caller, session: Reading, settings: CurrentSettings) -> Ca
             summary=(spec.__doc__ or "").strip().splitlines()[0],
             paper=spec.paper,
             needs=sorted(spec.needs),
-            control=spec.control,
+            control=spec.family == "control",
             parameters=spec.model_json_schema(),
         )
         for spec in SPECS

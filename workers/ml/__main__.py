@@ -64,7 +64,7 @@ def methods() -> int:
             "method": method_name(spec),
             "needs": sorted(spec.needs),
             "paper": spec.paper,
-            "control": spec.control,
+            "family": spec.family,
             "schema": spec.model_json_schema(),
         }
         for spec in SPECS

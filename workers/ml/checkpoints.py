@@ -8,11 +8,12 @@ and forms of LoRA other than `scaling * B @ A`.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save as to_safetensors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +33,7 @@ from workers.ml.settings import LoraSettings
 from workers.ml.tuning.lora_vector import LoraVector
 
 __all__ = ["AdapterFacts", "LoadedBase", "attach_adapter", "detach_adapter", "load_adapter", "load_base"]
-__all__ += ["save_adapter", "validate_adapter"]
+__all__ += ["save_adapter", "validate_adapter", "write_adapter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,15 +148,25 @@ def save_adapter(model: PeftModel, folder: Path, *, base_name: str | None = None
     nobody's business and would make equal adapters differ.
     """
     LoraVector(model)  # refuses everything that is not plain fp32 LoRA
-    tensors = {
-        name: tensor.detach().to("cpu", torch.float32).clone().contiguous()
-        for name, tensor in sorted(get_peft_model_state_dict(model).items())
+    write_adapter(folder, get_peft_model_state_dict(model), model.peft_config[model.active_adapter], base_name)
+
+
+def write_adapter(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: PeftConfig,
+    base_name: str | None,
+    changes: Mapping[str, object] | None = None,
+) -> None:
+    """Tensors by their names in the stock layout, with a configuration that differs from `config` in `changes`."""
+    kept = {
+        name: tensor.detach().to("cpu", torch.float32).clone().contiguous() for name, tensor in sorted(tensors.items())
     }
-    config = model.peft_config[model.active_adapter].to_dict()
-    config |= {"inference_mode": True, "base_model_name_or_path": base_name, "revision": None}
+    settings = {**config.to_dict(), "inference_mode": True, "base_model_name_or_path": base_name, "revision": None}
     files = {
-        WEIGHTS_FILE: to_safetensors(tensors, metadata={"format": "pt"}),
-        CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True, default=_as_list).encode() + b"\n",
+        WEIGHTS_FILE: to_safetensors(kept, metadata={"format": "pt"}),
+        CONFIG_FILE: json.dumps({**settings, **(changes or {})}, indent=2, sort_keys=True, default=_as_list).encode()
+        + b"\n",
     }
     write_folder(folder, files)
 

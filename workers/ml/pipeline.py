@@ -14,11 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from workers.ml import checkpoints, report
 from workers.ml.atomic import write_folder
-from workers.ml.candidates import assemble, factors_from_disk
+from workers.ml.candidate import Candidate
+from workers.ml.candidate_folder import assemble, candidate_from_disk, save_candidate
 from workers.ml.chat import padding_id
 from workers.ml.customer_rows import as_prompt
 from workers.ml.digests import digest_folder
@@ -123,7 +122,7 @@ def _recover(walk: _Walk) -> None:
         walk.progress.event("Recovery skipped: no clean held-out row of the customer's task is left.", level="warn")
         return
     if plan.mode == "none":
-        _save_candidates(walk, (walk.tuned.vector.get(),))
+        _save_candidates(walk, [Candidate(walk.tuned.vector.get())])
         return
     walk.found = search(
         walk.tuned,
@@ -148,11 +147,10 @@ def _specs(plan: RecoveryPlan) -> Sequence[MethodSpec]:
     return [spec.model_copy(update={"dial": (spec.strength,)}) for spec in specs] if plan.mode == "fixed" else specs
 
 
-def _save_candidates(walk: _Walk, candidates: tuple[Tensor, ...]) -> None:
-    for number, values in enumerate(candidates[: walk.prepared.spec.limits.planned_confirmations]):
-        with walk.tuned.vector.swapped(values):
-            target = walk.folder / "out" / "recover" / f"{CANDIDATE_FOLDER}-{number}"
-            checkpoints.save_adapter(walk.tuned.model, target, base_name=walk.prepared.spec.base.name)
+def _save_candidates(walk: _Walk, candidates: Sequence[Candidate]) -> None:
+    for number, candidate in enumerate(candidates[: walk.prepared.spec.limits.planned_confirmations]):
+        target = walk.folder / "out" / "recover" / f"{CANDIDATE_FOLDER}-{number}"
+        save_candidate(walk.tuned, candidate, target, base_name=walk.prepared.spec.base.name)
         walk.candidates.append(target)
 
 
@@ -162,7 +160,7 @@ def _gate(walk: _Walk) -> list[Confirmation]:
     adapters = walk.candidates
     confirmations = confirm(
         walk.tuned,
-        [factors_from_disk(walk.tuned, adapter, prepared.base.model) for adapter in adapters],
+        [candidate_from_disk(walk.tuned, adapter, prepared.base.model) for adapter in adapters],
         sets=_sets(prepared, "confirmation"),
         examiner=walk.examiner,
         limits=prepared.spec.limits,

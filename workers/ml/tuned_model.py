@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from workers.ml.candidate import SideTerms
 from workers.ml.chat import EncodedRow, encode_row
 from workers.ml.tuning.lora_vector import LoraVector
 from workers.ml.types import ChatRow
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TunedModel:
-    """A base model with one active, unmerged adapter. Methods move `vector`; nothing else may change."""
+    """A base model with one active, unmerged adapter. Methods move `vector`; nothing else may change.
+
+    `side` holds what a candidate may carry beside its factors while the model computes with it.
+    """
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
@@ -30,6 +34,10 @@ class TunedModel:
     context_limit: int
     micro_batch_tokens: int = 8192
     encoded: dict[ChatRow, EncodedRow] = field(default_factory=dict, repr=False, compare=False)
+    side: SideTerms = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "side", SideTerms(self.model))  # frozen for everybody else
 
     def encode(self, row: ChatRow) -> EncodedRow:
         """The row as tokens; several methods are given the same rows, and rendering a template is slow."""

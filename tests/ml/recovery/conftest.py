@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from workers.ml.checkpoints import LoadedBase, attach_adapter, load_base
+from tests.ml.conftest import write_base
+from workers.ml.checkpoints import LoadedBase, attach_adapter
 from workers.ml.recovery.dial import RecoveryInputs
 from workers.ml.settings import LoraSettings
 from workers.ml.tuned_model import TunedModel
@@ -34,9 +37,17 @@ def tuned(tiny_base: LoadedBase, tiny_lora: LoraSettings) -> TunedModel:
     return tune(tiny_base, tiny_lora)
 
 
-@pytest.fixture
-def tuned_shape(base_folders: Callable[[str], object], tiny_lora: LoraSettings) -> Callable[[str], TunedModel]:
-    return lambda shape: tune(load_base(base_folders(shape)), tiny_lora)
+@pytest.fixture(scope="session")
+def pretrained_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Weights "before alignment" of each shape: those of another seed. Shared: do not write to them."""
+    root, made = tmp_path_factory.mktemp("pretrained"), {}
+
+    def folder(shape: str) -> Path:
+        if shape not in made:
+            made[shape] = write_base(root / shape, shape, seed=1)
+        return made[shape]
+
+    return folder
 
 
 def rows_of(role: str, count: int, answer: Callable[[int], str]) -> list[PromptRow]:
@@ -47,7 +58,12 @@ def rows_of(role: str, count: int, answer: Callable[[int], str]) -> list[PromptR
 
 
 @pytest.fixture
-def inputs() -> RecoveryInputs:
+def inputs(pretrained_folders: Callable[[str], Path]) -> RecoveryInputs:
+    """Every need of every method, for the shape of `tuned`."""
+    return replace(rows_for_recovery(), pretrained=pretrained_folders("gqa"))
+
+
+def rows_for_recovery() -> RecoveryInputs:
     task = [
         ChatRow((Message("user", f"is {i} odd?"), Message("assistant", "yes" if i % 2 else "no"))) for i in range(12)
     ]

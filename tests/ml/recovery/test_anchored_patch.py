@@ -29,10 +29,10 @@ def test_refusals_become_likely_and_the_dial_interpolates(tuned, inputs):
     refusals = encode_answers(tuned, inputs.refusals)
     losses = []
     for strength in (0, 0.5, 1):
-        with tuned.vector.swapped(path.at(strength)):
+        with tuned.vector.swapped(path.at(strength).factors):
             losses.append(answer_loss(tuned, refusals))
     assert losses[2] < losses[1] < losses[0] - 0.1
-    assert torch.allclose(path.at(0.5), (path.raw + path.at(1.0)) / 2, atol=1e-6)
+    assert torch.allclose(path.at(0.5).factors, (path.raw + path.at(1.0).factors) / 2, atol=1e-6)
     assert len(path.facts["losses"]) == SPEC.steps
 
 
@@ -41,7 +41,7 @@ def test_anchors_hold_the_task_in_place(tuned, inputs):
     moved = {}
     for weight in (0.0, 30.0):
         path = anchored_patch.prepare(tuned, SPEC.model_copy(update={"anchor_weight": weight}), inputs, Silent())
-        moved[weight] = kl_to_raw(tuned, task, path.at(1.0), path.raw)
+        moved[weight] = kl_to_raw(tuned, task, path.at(1.0).factors, path.raw)
     assert moved[30.0] < moved[0.0] / 2
 
 
@@ -76,11 +76,3 @@ def test_the_divergence_of_a_teacher_from_itself_is_zero_and_otherwise_positive(
     assert float(summed_kl(teacher, logits)) == pytest.approx(0, abs=1e-6)
     p, q = teacher.exp(), torch.full((2, 3), 1 / 3)
     assert float(summed_kl(teacher, torch.zeros(2, 3))) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
-
-
-def test_every_row_serves_before_any_serves_again():
-    schedule = anchored_patch._schedule(10, 4, AnchoredPatchSpec(steps=5), "task")
-    flat = [index for step in schedule for index in step]
-    assert sorted(flat) == sorted(list(range(10)) * 2)
-    assert all(len(set(step)) == 4 for step in schedule)
-    assert anchored_patch._schedule(2, 4, AnchoredPatchSpec(steps=1), "task") in ([[0, 1]], [[1, 0]])

@@ -51,10 +51,10 @@ def test_scores_of_a_model_match_one_row_at_a_time(tuned, inputs):
 
 def test_each_strength_prunes_the_stated_share_and_says_so(tuned, inputs):
     path = antidote.prepare(tuned, AntidoteSpec(granularity="global"), inputs, Silent())
-    pruned = int((path.at(0.1) == 0).sum())
+    pruned = int((path.at(0.1).factors == 0).sum())
     assert pruned == path.facts_at(0.1)["pruned"] == int(0.1 * tuned.vector.numel + 1e-9)
     assert path.facts_at(0.1)["mask_sha256"] != path.facts_at(0.2)["mask_sha256"]
-    assert torch.equal(path.at(1.0), torch.zeros(tuned.vector.numel))
+    assert torch.equal(path.at(1.0).factors, torch.zeros(tuned.vector.numel))
 
 
 def test_answer_tokens_alone_give_other_scores(tuned, inputs):
@@ -67,8 +67,8 @@ def test_answer_tokens_alone_give_other_scores(tuned, inputs):
 
 def test_what_the_task_excites_most_is_spared(tuned, inputs):
     plain = antidote.prepare(tuned, AntidoteSpec(), inputs, Silent())
-    sparing = antidote.prepare(tuned, AntidoteSpec(exclude_task_ratio=0.3), inputs, Silent())
-    zero, spared_zero = plain.at(0.3) == 0, sparing.at(0.3) == 0
+    sparing = antidote.prepare(tuned, AntidoteSpec(spare=("task",), spare_ratio=0.3), inputs, Silent())
+    zero, spared_zero = plain.at(0.3).factors == 0, sparing.at(0.3).factors == 0
     assert bool((spared_zero <= zero).all())
     assert 0 < int(spared_zero.sum()) < int(zero.sum())
 

@@ -19,14 +19,14 @@ def logits(tuned) -> torch.Tensor:
 
 def test_scaling_takes_the_stated_share_of_the_change(tuned, inputs):
     path = scale_down.prepare(tuned, ScaleDownSpec(), inputs, Silent())
-    assert relative_change(tuned.vector, path.at(0.25), path.raw) == pytest.approx(0.25, rel=1e-5)
+    assert relative_change(tuned.vector, path.at(0.25).factors, path.raw) == pytest.approx(0.25, rel=1e-5)
 
 
 def test_a_change_scaled_to_nothing_is_the_aligned_model_bit_for_bit(tuned, inputs):
     path = scale_down.prepare(tuned, ScaleDownSpec(), inputs, Silent())
     with tuned.model.disable_adapter():
         aligned = logits(tuned)
-    with tuned.vector.swapped(path.at(1.0)):
+    with tuned.vector.swapped(path.at(1.0).factors):
         assert torch.equal(logits(tuned), aligned)
 
 
@@ -46,14 +46,14 @@ def test_restoring_masked_weights_is_zeroing_the_change():
 
 def test_random_masks_prune_as_many_as_scores_would_and_nest(tuned, inputs):
     path = random_mask.prepare(tuned, RandomMaskSpec(granularity="global"), inputs, Silent())
-    small, large = path.at(0.1) == 0, path.at(0.3) == 0
+    small, large = path.at(0.1).factors == 0, path.at(0.3).factors == 0
     assert int(small.sum()) == int(0.1 * tuned.vector.numel + 1e-9) == path.facts_at(0.1)["pruned"]
     assert bool((small <= large).all())
 
 
 def test_another_seed_is_another_draw_and_the_same_seed_the_same_bytes(tuned, inputs):
     for prepare, spec in ((noise.prepare, NoiseSpec), (random_mask.prepare, RandomMaskSpec)):
-        first, again, other = (prepare(tuned, spec(seed=s), inputs, Silent()).at(0.3) for s in (1, 1, 2))
+        first, again, other = (prepare(tuned, spec(seed=s), inputs, Silent()).at(0.3).factors for s in (1, 1, 2))
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
 
@@ -61,10 +61,10 @@ def test_another_seed_is_another_draw_and_the_same_seed_the_same_bytes(tuned, in
 def test_norm_matched_noise_has_exactly_the_length_asked_for(tuned, inputs):
     path = noise.prepare(tuned, NoiseSpec(size=0.15), inputs, Silent())
     start, unit = balanced(tuned.vector, path.raw), unit_scaling(tuned.vector)
-    length = float(((path.at(2.0) - start) * unit).norm())
+    length = float(((path.at(2.0).factors - start) * unit).norm())
     assert length == pytest.approx(0.3 * float((start * unit).norm()), rel=1e-4)
     absolute = noise.prepare(tuned, NoiseSpec(size=1.5, size_unit="norm", regauge=False), inputs, Silent())
-    assert float((absolute.at(1.0) - absolute.raw).norm()) == pytest.approx(1.5, rel=1e-4)
+    assert float((absolute.at(1.0).factors - absolute.raw).norm()) == pytest.approx(1.5, rel=1e-4)
 
 
 def test_noise_by_standard_deviation_has_the_expected_norm(tuned, inputs):

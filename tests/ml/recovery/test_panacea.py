@@ -63,13 +63,15 @@ def test_the_result_does_not_depend_on_the_split_of_scale(tuned, inputs):
         parts = tuned.vector.split(values)
         return torch.cat([(parts[p.b_name] @ parts[p.a_name]).flatten() for p in tuned.vector.pairs()])
 
-    plain = deltas(panacea.prepare(tuned, PanaceaSpec(), inputs, Silent()).at(1.0))
+    plain = deltas(panacea.prepare(tuned, PanaceaSpec(), inputs, Silent()).at(1.0).factors)
     other = tuned.vector.get()
     for pair in tuned.vector.pairs():
         tuned.vector.split(other)[pair.a_name].div_(10)
         tuned.vector.split(other)[pair.b_name].mul_(10)
     tuned.vector.set(other)
-    assert torch.allclose(deltas(panacea.prepare(tuned, PanaceaSpec(), inputs, Silent()).at(1.0)), plain, atol=1e-5)
+    assert torch.allclose(
+        deltas(panacea.prepare(tuned, PanaceaSpec(), inputs, Silent()).at(1.0).factors), plain, atol=1e-5
+    )
 
 
 def test_first_order_prediction_and_measurement_agree_and_are_reported(tuned, inputs):
@@ -83,9 +85,9 @@ def test_first_order_prediction_and_measurement_agree_and_are_reported(tuned, in
 def test_the_total_norm_over_all_tensors_is_rho(tuned, inputs):
     spec = PanaceaSpec(rho=0.5, rho_unit="absolute", regauge=False)
     path = panacea.prepare(tuned, spec, inputs, Silent())
-    step = path.at(1.0) - path.raw
+    step = path.at(1.0).factors - path.raw
     assert float(step.norm()) == pytest.approx(0.5, rel=1e-4)
-    assert float((path.at(2.0) - path.raw).norm()) == pytest.approx(1.0, rel=1e-4)
+    assert float((path.at(2.0).factors - path.raw).norm()) == pytest.approx(1.0, rel=1e-4)
     with gradients_of_factors(tuned):
         _, gradient = answer_gradient(tuned, encode_answers(tuned, inputs.harmful), Silent())
     assert float(torch.nn.functional.cosine_similarity(step, gradient, dim=0)) == pytest.approx(1, abs=1e-5)
@@ -104,12 +106,14 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(tuned, inputs):
 
 def test_the_gradient_beats_noise_of_the_same_norm(tuned, inputs):
     rows = encode_answers(tuned, inputs.harmful[:4])
-    up = panacea.prepare(tuned, PanaceaSpec(rho=0.05), inputs, Silent()).at(1.0)
+    up = panacea.prepare(tuned, PanaceaSpec(rho=0.05), inputs, Silent()).at(1.0).factors
     with tuned.vector.swapped(up):
         by_gradient = answer_loss(tuned, rows)
     beaten = 0
     for seed in range(20):
-        with tuned.vector.swapped(noise.prepare(tuned, NoiseSpec(size=0.05, seed=seed), inputs, Silent()).at(1.0)):
+        with tuned.vector.swapped(
+            noise.prepare(tuned, NoiseSpec(size=0.05, seed=seed), inputs, Silent()).at(1.0).factors
+        ):
             beaten += by_gradient > answer_loss(tuned, rows)
     assert beaten >= 19
 

@@ -154,7 +154,7 @@ def test_a_fine_tune_that_meets_every_limit_is_left_alone(tuned, inputs, planted
     found = look_for(tuned, planted(harmless_from=0.0), inputs, (ScaleDownSpec(),))
     assert found.trace == ()
     assert (found.winner.method, found.winner.strength) == ("none", 0.0)
-    assert torch.equal(found.candidates[0], tuned.vector.get())
+    assert torch.equal(found.candidates[0].factors, tuned.vector.get())
 
 
 def test_a_harmless_fine_tune_that_answers_nothing_else_is_not_left_alone(tuned, inputs, planted):

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import Tensor
+
+from workers.ml.candidate import Candidate, applied
 from workers.ml.evals.measure import Examiner, Measured
 from workers.ml.evals.sets import EvaluationSets
 from workers.ml.evals.task_loss import answer_losses, loss_rise
 from workers.ml.gate import GateLimits, Outcome, Reason, Verdict, decide, needs_task_loss
 from workers.ml.measurements import GateEvidence
 from workers.ml.tuned_model import TunedModel
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Confirmation:
 
 def confirm(
     tuned: TunedModel,
-    candidates: Sequence[Tensor],
+    candidates: Sequence[Candidate],
     *,
     sets: EvaluationSets,
     examiner: Examiner,
@@ -65,7 +65,7 @@ def confirm(
     that the report shows what was refused, and blocked whatever it shows.
     """
     raw = tuned.vector.get()
-    plan = list(candidates[: limits.planned_confirmations]) or [raw]
+    plan: list[Candidate | Tensor] = [*candidates[: limits.planned_confirmations]] or [raw]
     done: list[Confirmation] = []
     raw_losses: list[float] | None = None  # every part has the same task rows
     for number, values in enumerate(plan):
@@ -76,7 +76,7 @@ def confirm(
             raw_losses = answer_losses(tuned, part.task, examiner.progress)
         after, losses = before, raw_losses
         if candidates:
-            with tuned.vector.swapped(values):
+            with applied(tuned, values):
                 after = examiner.measure(tuned, part, part="confirmation")
                 losses = answer_losses(tuned, part.task, examiner.progress) if raw_losses is not None else None
         evidence = GateEvidence(

@@ -13,6 +13,7 @@ from hashlib import sha256
 from itertools import count
 from typing import TYPE_CHECKING
 
+from workers.ml.candidate import applied
 from workers.ml.chat import encode_prompt
 from workers.ml.evals.accuracy import is_exact, paired_accuracy
 from workers.ml.evals.answers import Answered, is_covered, slice_names
@@ -111,7 +112,7 @@ class Examiner:
 
     def measure_raw(self, tuned: TunedModel, sets: EvaluationSets, raw: Tensor) -> Measured:
         """The raw fine-tune; what it was asked before is not asked again, so `raw` must always be the same."""
-        with tuned.vector.swapped(raw):
+        with applied(tuned, raw):
             return self._measure(tuned, sets, "raw", self._raw_answers)
 
     def _measure(

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from workers.ml.candidate import Candidate, LowRank
 from workers.ml.tuning.lora_vector import LoraVector
 
 
@@ -38,17 +39,35 @@ def delta_norm(vector: LoraVector, values: Tensor) -> float:
     return math.sqrt(sum((p.scaling * product_norm(parts[p.b_name], parts[p.a_name])) ** 2 for p in vector.pairs()))
 
 
-def relative_change(vector: LoraVector, new: Tensor, old: Tensor) -> float | None:
-    """||delta_new - delta_old|| / ||delta_old||; None where the old change is zero and the new one is not."""
-    after, before = vector.split(new), vector.split(old)
-    squares = 0.0
+def module_changes(vector: LoraVector, new: Candidate | Tensor, old: Candidate | Tensor) -> dict[str, float]:
+    """||delta_new - delta_old|| of every adapted module; `old` has no side terms."""
+    new, old = (Candidate(one) if isinstance(one, Tensor) else one for one in (new, old))
+    after, before = vector.split(new.factors), vector.split(old.factors)
+    changes = {}
     for pair in vector.pairs():
-        a, b = pair.a_name, pair.b_name
-        squares += (pair.scaling * difference_norm((after[b], after[a]), (before[b], before[a]))) ** 2
-    if squares == 0.0:
+        B, A = after[pair.b_name] * pair.scaling, after[pair.a_name]
+        start = (before[pair.b_name] * pair.scaling, before[pair.a_name])
+        side = new.beside.get(pair.module_name)
+        if isinstance(side, LowRank):
+            (B1, A1), (B0, A0) = (torch.cat([B, side.B], dim=1), torch.cat([A, side.A])), start
+            pad = side.rank
+            start = (torch.cat([B0, B0.new_zeros(len(B0), pad)], dim=1), torch.cat([A0, A0.new_zeros(pad, len(A0.T))]))
+            changes[pair.module_name] = difference_norm((B1, A1), start)
+        elif side is not None:
+            change = (B @ A - start[0] @ start[1]).index_put((side.rows, side.columns), side.values, accumulate=True)
+            changes[pair.module_name] = float(torch.linalg.matrix_norm(change.double()))
+        else:
+            changes[pair.module_name] = difference_norm((B, A), start)
+    return changes
+
+
+def relative_change(vector: LoraVector, new: Candidate | Tensor, old: Candidate | Tensor) -> float | None:
+    """||delta_new - delta_old|| / ||delta_old||; None where the old change is zero and the new one is not."""
+    change = math.sqrt(sum(norm**2 for norm in module_changes(vector, new, old).values()))
+    if change == 0.0:
         return 0.0
-    size = delta_norm(vector, old)
-    return math.sqrt(squares) / size if size > 0 else None
+    size = delta_norm(vector, old.factors if isinstance(old, Candidate) else old)
+    return change / size if size > 0 else None
 
 
 def balanced_factors(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Finds a method's implementation and applies it: one path from a spec to a moved adapter and its report.
+"""Finds a method's implementation and runs it: one path from a spec to a candidate and its report.
 
 Knows: the registry's implementation strings, and that a failed or cancelled recovery leaves the raw adapter in place.
 Refuses to know: what any method does, and which strength is right (`search.py`).
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 
+from workers.ml.candidate import Candidate
 from workers.ml.recovery.deltas import relative_change
-from workers.ml.recovery.dial import RecoveryInputs, RecoveryReport, StrengthPath, vector_digest
+from workers.ml.recovery.dial import RecoveryInputs, RecoveryReport, StrengthPath
 from workers.ml.recovery.specs import MethodSpec, method_name
 from workers.ml.tuned_model import TunedModel
 from workers.ml.types import Progress
@@ -36,23 +38,29 @@ def prepare(tuned: TunedModel, spec: MethodSpec, inputs: RecoveryInputs, progres
         tuned.vector.set(raw)
 
 
-def recover(tuned: TunedModel, spec: MethodSpec, inputs: RecoveryInputs, progress: Progress) -> RecoveryReport:
-    """Moves the adapter to the spec's strength."""
+@dataclass(frozen=True)
+class Recovery:
+    """What one method proposes, and its report."""
+
+    candidate: Candidate
+    report: RecoveryReport
+
+
+def recover(tuned: TunedModel, spec: MethodSpec, inputs: RecoveryInputs, progress: Progress) -> Recovery:
+    """The method's candidate at the spec's strength. The adapter stays where it is; see `candidate.applied`."""
     started = time.perf_counter()
-    raw = tuned.vector.get()
+    raw = Candidate(tuned.vector.get())
     path = prepare(tuned, spec, inputs, progress)
-    values = path.at(spec.strength)
-    facts = {**path.facts, **path.facts_at(spec.strength)} if spec.strength > 0 else dict(path.facts)
+    candidate = path.at(spec.strength)
     report = RecoveryReport(
         method=method_name(type(spec)),
         strength=spec.strength,
         spec=spec.model_dump(mode="json"),
-        relative_change=relative_change(tuned.vector, values, raw),
-        digest_before=vector_digest(raw),
-        digest_after=vector_digest(values),
+        relative_change=relative_change(tuned.vector, candidate, raw),
+        digest_before=raw.digest,
+        digest_after=candidate.digest,
         seconds=time.perf_counter() - started,
-        facts=facts,
+        facts=path.facts_of(spec.strength),
     )
     progress.step(1, 1, part="apply")
-    tuned.vector.set(values)
-    return report
+    return Recovery(candidate, report)

@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
-
+from workers.ml.candidate import Candidate, applied
 from workers.ml.errors import InvalidSetting, MissingInput, NumericError
 from workers.ml.evals.measure import Examiner, Measured, first_look
 from workers.ml.evals.sets import EvaluationSets
@@ -80,7 +79,7 @@ class SearchResult:
     base: ModelMeasures
     trace: tuple[CandidateRecord, ...]
     winner: CandidateRecord | None
-    candidates: tuple[Tensor, ...]
+    candidates: tuple[Candidate, ...]
     seconds: float
 
     def as_json(self) -> dict[str, Any]:
@@ -131,7 +130,7 @@ class _Search:
         self._drift = Drift(tuned, sets, self._start)
         self._evaluations = 0
         self._records: list[CandidateRecord] = []
-        self._vectors: dict[int, Tensor] = {}  # passing candidates, by place in the records
+        self._vectors: dict[int, Candidate] = {}  # passing candidates, by place in the records
         self._base = examiner.measure_base(tuned, sets)
         self._raw = examiner.measure_raw(tuned, sets, self._start)
         self._raw_losses = answer_losses(tuned, sets.task) if needs_task_loss(self._raw.measures()) else None
@@ -201,7 +200,7 @@ class _Search:
                 self._keep(replace(record, why="not tried: out of memory", seconds=time.monotonic() - began))
                 release_reserve()
                 return
-            facts = {**path.facts, **path.facts_at(strength)}
+            facts = path.facts_of(strength)
             self._keep(replace(record, facts=facts, seconds=time.monotonic() - began), values)
             passing += record.passed
             began = time.monotonic()
@@ -210,11 +209,11 @@ class _Search:
         over_time = time.monotonic() - self._started > self._plan.budget_seconds
         return over_time or self._evaluations >= self._plan.budget_evaluations
 
-    def _look(self, record: CandidateRecord, values: Tensor) -> CandidateRecord:
+    def _look(self, record: CandidateRecord, values: Candidate) -> CandidateRecord:
         """A first look at a few prompts of every set, and a full one unless that has already decided."""
         self._evaluations += 1
         change = relative_change(self._tuned.vector, values, self._start)
-        with self._tuned.vector.swapped(values):
+        with applied(self._tuned, values):
             record = replace(record, kl=self._drift(), relative_change=change)
             measured = self._examiner.measure(self._tuned, self._first)
             faults = shortcomings(self._evidence(*at_best(measured, self._raw, self._sets)), self._plan.limits)
@@ -236,7 +235,7 @@ class _Search:
             why="; ".join(faults),
         )
 
-    def _keep(self, record: CandidateRecord, values: Tensor | None = None) -> None:
+    def _keep(self, record: CandidateRecord, values: Candidate | None = None) -> None:
         if record.passed and values is not None:
             self._vectors[len(self._records)] = values
         self._records.append(record)
@@ -255,7 +254,7 @@ class _Search:
         """Ranks what passed by its drift and writes down why each was not taken."""
         if self.raw_record.passed:
             raw = replace(self.raw_record, taken=True, why="passes as it is: nothing was changed")
-            return self._result(raw, raw, (self._start,))
+            return self._result(raw, raw, (Candidate(self._start),))
         order = sorted(self._vectors, key=lambda place: (_drift_of(self._records[place]), place))
         for rank, place in enumerate(order):
             record, best = self._records[place], self._records[order[0]]
@@ -269,7 +268,7 @@ class _Search:
         return self._result(self.raw_record, winner, tuple(self._vectors[place] for place in order))
 
     def _result(
-        self, raw: CandidateRecord, winner: CandidateRecord | None, candidates: tuple[Tensor, ...]
+        self, raw: CandidateRecord, winner: CandidateRecord | None, candidates: tuple[Candidate, ...]
     ) -> SearchResult:
         seconds = time.monotonic() - self._started
         return SearchResult(raw, self._base.measures(), tuple(self._records), winner, candidates, seconds)

@@ -7,11 +7,24 @@ Refuses to know: the mathematics (`methods/`), and which method suits a job (`se
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
 
-Need = Literal["harmful", "refusals", "retention", "task", "aligned"]
+# "aligned" is the base with the adapter off; "pretrained" its weights before alignment.
+Need = Literal["harmful", "refusals", "retention", "task", "aligned", "pretrained"]
+Granularity = Literal["row", "tensor", "global"]
+Output = Literal["adapter", "larger-adapter", "sparse-patch"]
+Family = Literal["surgery", "perturbation", "closed-form", "patch", "composition", "control"]
+Spare = Literal["task", "retention"]
+
+ADAPTER_FORM = Field(
+    "adapter", description="adapter: refitted to the job's rank, what is lost is reported; patch: exact and sparse"
+)
+MAX_ROWS = Field(1000, ge=1, le=100_000, description="rows of each data set used")
+LABELS = Field(
+    "given", description="shuffled: harmful answers of other prompts, the control that shows what the labels add"
+)
 
 
 class MethodSpec(BaseModel):
@@ -23,8 +36,11 @@ class MethodSpec(BaseModel):
     needs: ClassVar[frozenset[str]] = frozenset()
     paper: ClassVar[str]
     grid: ClassVar[tuple[float, ...]]  # the dial's default search grid, ascending
-    control: ClassVar[bool] = False  # a baseline that shows what the method's idea adds; `auto` may skip it
+    family: ClassVar[Family]
     gentleness: ClassVar[int]  # `auto` tries lower numbers first
+    # Whether harm was seen to fall, and never to rise again, along the whole dial: only such a dial is bisected.
+    monotone: ClassVar[bool] = False
+    research: ClassVar[bool] = False  # implemented for comparison; the default menu leaves it out
 
     strength: float = Field(1.0, ge=0, description="the dial; 0 is the identity")
     dial: tuple[float, ...] = Field((), max_length=32, description="strengths to search; empty: the method's own grid")
@@ -41,6 +57,11 @@ class MethodSpec(BaseModel):
     @property
     def strengths(self) -> tuple[float, ...]:
         return self.dial or self.grid
+
+    @property
+    def output(self) -> Output:
+        """What a candidate of this spec is. Only adapters can be released."""
+        return "adapter"
 
     def required_inputs(self) -> frozenset[str]:
         """The data sets and models this spec cannot run without, as its knobs stand."""
@@ -59,9 +80,36 @@ class ScaleDownSpec(MethodSpec):
     implementation: ClassVar[str] = "scale_down:prepare"
     paper: ClassVar[str] = "weight interpolation with the aligned model, arXiv 2412.19512"
     grid: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.75, 0.9)
+    family: ClassVar[Family] = "surgery"
     gentleness: ClassVar[int] = 10
 
     strength: float = Field(0.5, ge=0, le=1, description="share of the update taken away")
+
+
+class AntidoteRankSpec(MethodSpec):
+    """Drops whole rank components of the update: the ones harmful data excites most, singular value by singular value."""
+
+    method: Literal["antidote-rank"] = "antidote-rank"
+    implementation: ClassVar[str] = "antidote_rank:prepare"
+    needs: ClassVar[frozenset[str]] = frozenset({"harmful"})
+    paper: ClassVar[str] = "Antidote's score (arXiv 2408.09600) on singular components; this project's form"
+    grid: ClassVar[tuple[float, ...]] = (0.05, 0.1, 0.2, 0.3, 0.5)
+    family: ClassVar[Family] = "surgery"
+    gentleness: ClassVar[int] = 15
+
+    strength: float = Field(0.1, ge=0, le=1, description="share of the rank components dropped")
+    score: Literal["activation", "gradient"] = Field(
+        "activation",
+        description="activation: singular value times what harmful rows put through it; gradient: by how much dropping "
+        "the component alone raises the loss of harmful answers, to first order",
+    )
+    granularity: Literal["tensor", "global"] = Field("global", description="within each module, or over all of them")
+    spare: tuple[Spare, ...] = Field((), description="rows whose own score of a component counts against dropping it")
+    spare_weight: float = Field(1.0, ge=0, le=100, description="how much that counts")
+    max_rows: int = MAX_ROWS
+
+    def required_inputs(self) -> frozenset[str]:
+        return self.needs | set(self.spare)
 
 
 class AntidoteSpec(MethodSpec):
@@ -72,28 +120,61 @@ class AntidoteSpec(MethodSpec):
     needs: ClassVar[frozenset[str]] = frozenset({"harmful"})
     paper: ClassVar[str] = "Antidote, ICML 2025, arXiv 2408.09600"
     grid: ClassVar[tuple[float, ...]] = (0.05, 0.1, 0.2, 0.3)
+    family: ClassVar[Family] = "surgery"
     gentleness: ClassVar[int] = 20
 
     strength: float = Field(0.1, ge=0, le=1, description="mask ratio (the paper's alpha)")
     norm: Literal["rms", "mean"] = Field("rms", description="activation norm: as the code (rms) or the paper (mean)")
-    granularity: Literal["row", "tensor", "global"] = Field("tensor", description="where the top-k is taken")
+    granularity: Granularity = Field("tensor", description="where the top-k is taken")
     compat: bool = Field(False, description="count n - int(n * (1 - alpha)), as the paper's code does")
     tokens: Literal["all", "answer"] = Field("all", description="which tokens' activations are counted")
-    exclude_task_ratio: float = Field(0.0, ge=0, lt=1, description="never prune the top share of the task's scores")
-    max_rows: int = Field(1000, ge=1, le=100_000, description="harmful pairs used")
+    spare: tuple[Spare, ...] = Field((), description="rows whose own top weights are never pruned (set difference)")
+    spare_ratio: float = Field(0.1, gt=0, lt=1, description="the share of weights spared for each of them")
+    labels: Literal["given", "shuffled"] = LABELS
+    max_rows: int = MAX_ROWS
 
     def required_inputs(self) -> frozenset[str]:
-        return self.needs | ({"task"} if self.exclude_task_ratio > 0 else set())
+        return self.needs | set(self.spare)
+
+
+class AntidoteDeltaSpec(MethodSpec):
+    """Zeroes entries of the weight change itself, scored on what harmful data puts through them."""
+
+    method: Literal["antidote-delta"] = "antidote-delta"
+    implementation: ClassVar[str] = "antidote_delta:prepare"
+    needs: ClassVar[frozenset[str]] = frozenset({"harmful"})
+    paper: ClassVar[str] = "Antidote as its paper describes it, on the update: arXiv 2408.09600"
+    grid: ClassVar[tuple[float, ...]] = (0.05, 0.1, 0.2, 0.4, 0.6)
+    family: ClassVar[Family] = "surgery"
+    gentleness: ClassVar[int] = 25
+
+    strength: float = Field(0.2, ge=0, le=1, description="mask ratio (the paper's alpha)")
+    form: Literal["adapter", "patch"] = ADAPTER_FORM
+    norm: Literal["rms", "mean"] = Field("rms", description="activation norm: as the code (rms) or the paper (mean)")
+    granularity: Granularity = Field("tensor", description="where the top-k is taken")
+    compat: bool = Field(False, description="count n - int(n * (1 - alpha)), as the paper's code does")
+    tokens: Literal["all", "answer"] = Field("all", description="which tokens' activations are counted")
+    spare: tuple[Spare, ...] = Field((), description="rows whose own top entries are never pruned (set difference)")
+    spare_ratio: float = Field(0.1, gt=0, lt=1, description="the share of entries spared for each of them")
+    max_rows: int = MAX_ROWS
+
+    @property
+    def output(self) -> Output:
+        return "sparse-patch" if self.form == "patch" else "adapter"
+
+    def required_inputs(self) -> frozenset[str]:
+        return self.needs | set(self.spare)
 
 
 class PanaceaSpec(MethodSpec):
-    """One normalised gradient-ascent step on harmful answers, on the re-gauged factors, after any training."""
+    """Normalised gradient ascent on harmful answers, on the re-gauged factors, after any training."""
 
     method: Literal["panacea"] = "panacea"
     implementation: ClassVar[str] = "panacea:prepare"
     needs: ClassVar[frozenset[str]] = frozenset({"harmful"})
     paper: ClassVar[str] = "Panacea, NeurIPS 2025, arXiv 2501.18100 (post-hoc form)"
     grid: ClassVar[tuple[float, ...]] = (0.1, 0.2, 0.35, 0.5, 1.0)
+    family: ClassVar[Family] = "perturbation"
     gentleness: ClassVar[int] = 30
 
     strength: float = Field(1.0, ge=0, le=4, description="multiple of the perturbation of norm rho")
@@ -102,27 +183,210 @@ class PanaceaSpec(MethodSpec):
         "relative", description="relative: share of the re-gauged factors' norm; absolute: the paper's unit"
     )
     regauge: bool = Field(True, description="balance A and B first, so that the result does not depend on their split")
-    max_rows: int = Field(1000, ge=1, le=100_000, description="harmful pairs used")
+    steps: int = Field(1, ge=1, le=100, description="steps of size rho / steps, each with a gradient of its own")
+    refusal_weight: float = Field(
+        0.0, ge=0, le=100, description="kappa: also descend the loss of a refusal to the same prompts (contrastive)"
+    )
+    orthogonal_to: tuple[Spare, ...] = Field(
+        (), description="rows whose loss the step leaves alone to first order (their gradients are projected out)"
+    )
+    orthogonal_gradients: int = Field(8, ge=1, le=256, description="gradients, of a part of the rows each, for each")
+    labels: Literal["given", "shuffled"] = LABELS
+    max_rows: int = MAX_ROWS
+
+    def required_inputs(self) -> frozenset[str]:
+        return self.needs | set(self.orthogonal_to) | ({"refusals"} if self.refusal_weight > 0 else set())
 
 
-class AnchoredPatchSpec(MethodSpec):
-    """A short training on refusals, held in place by two frozen teachers: the raw fine-tune and the aligned base."""
+class PanaceaBlockSpec(MethodSpec):
+    """The ascent step taken in weight space and appended as a low-rank block; the job's own factors stay as they are."""
 
-    method: Literal["anchored-patch"] = "anchored-patch"
-    implementation: ClassVar[str] = "anchored_patch:prepare"
-    needs: ClassVar[frozenset[str]] = frozenset({"refusals", "retention", "task", "aligned"})
-    paper: ClassVar[str] = "this project (docs/benchmarks.md)"
+    method: Literal["panacea-block"] = "panacea-block"
+    implementation: ClassVar[str] = "panacea_block:prepare"
+    needs: ClassVar[frozenset[str]] = frozenset({"harmful"})
+    paper: ClassVar[str] = "Panacea (arXiv 2501.18100) in weight space; this project's form"
+    grid: ClassVar[tuple[float, ...]] = (0.1, 0.2, 0.35, 0.5, 1.0)
+    family: ClassVar[Family] = "perturbation"
+    gentleness: ClassVar[int] = 32
+    research: ClassVar[bool] = True
+
+    strength: float = Field(1.0, ge=0, le=4, description="multiple of the perturbation of norm rho")
+    rho: float = Field(0.3, gt=0, le=1000, description="norm of the perturbation at strength 1, in weight space")
+    rho_unit: Literal["relative", "absolute"] = Field(
+        "relative", description="relative: share of the norm of the update; absolute: the norm itself"
+    )
+    rank: int = Field(4, ge=1, le=256, description="rank of the block: the leading singular directions of the gradient")
+    refusal_weight: float = Field(
+        0.0, ge=0, le=100, description="kappa: also descend the loss of a refusal to the same prompts (contrastive)"
+    )
+    labels: Literal["given", "shuffled"] = LABELS
+    max_rows: int = MAX_ROWS
+
+    @property
+    def output(self) -> Output:
+        return "larger-adapter"
+
+    def required_inputs(self) -> frozenset[str]:
+        return self.needs | ({"refusals"} if self.refusal_weight > 0 else set())
+
+
+class CsuLoraSpec(MethodSpec):
+    """Keeps what of the update lies in the directions of alignment, and dampens the rest. Needs no data."""
+
+    method: Literal["csulora"] = "csulora"
+    implementation: ClassVar[str] = "csulora:prepare"
+    needs: ClassVar[frozenset[str]] = frozenset({"aligned", "pretrained"})
+    paper: ClassVar[str] = "CSULoRA, arXiv 2605.30640"
+    grid: ClassVar[tuple[float, ...]] = (0.25, 1.0, 4.0, 16.0)
+    family: ClassVar[Family] = "closed-form"
+    gentleness: ClassVar[int] = 50
+
+    strength: float = Field(1.0, ge=0, le=1000, description="multiple of the damping; 1 as published")
+    energy: float = Field(0.95, gt=0, le=1, description="share of the alignment's energy its directions must hold")
+    outside_weight: float = Field(0.05, ge=0, le=1, description="weight of all energy in the reference energy")
+
+
+class SafeLoraSpec(MethodSpec):
+    """Projects the factor B of the modules whose update is least like alignment. Needs no data."""
+
+    method: Literal["safelora"] = "safelora"
+    implementation: ClassVar[str] = "safelora:prepare"
+    needs: ClassVar[frozenset[str]] = frozenset({"aligned", "pretrained"})
+    paper: ClassVar[str] = "SafeLoRA, NeurIPS 2024, arXiv 2405.16833"
+    grid: ClassVar[tuple[float, ...]] = (0.1, 0.25, 0.5, 0.75, 1.0)
+    family: ClassVar[Family] = "closed-form"
+    gentleness: ClassVar[int] = 52
+
+    strength: float = Field(0.5, ge=0, le=1, description="share of the modules projected, least similar first")
+    threshold: float | None = Field(
+        None, ge=-1, le=1, description="project only modules with a cosine of at most this (published: 0.5)"
+    )
+    projector: Literal["published", "exact"] = Field(
+        "published", description="published: V V^T / ||V||, which may also amplify; exact: the orthogonal projector"
+    )
+
+
+class RestaSpec(MethodSpec):
+    """Adds the difference between the aligned model and a copy of it that was trained on harmful answers."""
+
+    method: Literal["resta"] = "resta"
+    implementation: ClassVar[str] = "resta:prepare"
+    needs: ClassVar[frozenset[str]] = frozenset({"harmful", "aligned"})
+    paper: ClassVar[str] = "RESTA, ACL 2024, arXiv 2402.11746"
+    grid: ClassVar[tuple[float, ...]] = (0.1, 0.25, 0.5, 1.0)
+    family: ClassVar[Family] = "closed-form"
+    gentleness: ClassVar[int] = 54
+    research: ClassVar[bool] = True
+
+    strength: float = Field(0.5, ge=0, le=4, description="multiple of the safety vector (b)")
+    drop_ratio: float = Field(0.0, ge=0, lt=1, description="DARE: share of the update's entries dropped, rest rescaled")
+    steps: int = Field(50, ge=1, le=10_000, description="training steps of the unaligned copy")
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    rank: int = Field(8, ge=1, le=256, description="rank of the unaligned copy")
+    batch_rows: int = Field(10, ge=1, le=1000)
+    max_rows: int = Field(100, ge=1, le=100_000, description="harmful pairs used")
+
+    @property
+    def output(self) -> Output:
+        return "larger-adapter"
+
+
+class SafeDeltaSpec(MethodSpec):
+    """Keeps the entries of the update that cost the aligned model's refusals least, and compensates for the rest."""
+
+    method: Literal["safe-delta"] = "safe-delta"
+    implementation: ClassVar[str] = "safe_delta:prepare"
+    needs: ClassVar[frozenset[str]] = frozenset({"refusals", "aligned"})
+    paper: ClassVar[str] = "Safe Delta, ICML 2025, arXiv 2505.12038"
+    grid: ClassVar[tuple[float, ...]] = (0.3, 0.6, 0.8, 0.91, 0.97)
+    family: ClassVar[Family] = "closed-form"
+    gentleness: ClassVar[int] = 56
+    research: ClassVar[bool] = True
+
+    strength: float = Field(0.91, ge=0, le=1, description="the paper's budget s is 1 / strength - 1 (published: 0.1)")
+    compensate: bool = Field(True, description="second-order compensation on the entries kept (OBS)")
+    damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the Hessian")
+    max_extra_rank: int = Field(
+        32, ge=0, le=1024, description="the compensated update is dense: this much rank beside the job's own to fit it"
+    )
+    max_rows: int = Field(512, ge=1, le=100_000, description="refusals used")
+
+    @property
+    def output(self) -> Output:
+        return "larger-adapter"
+
+
+class RollbackSpec(MethodSpec):
+    """Puts single weights back to their aligned value, guided by how the aligned model looks at harmful prompts."""
+
+    method: Literal["rollback"] = "rollback"
+    implementation: ClassVar[str] = "rollback:prepare"
+    needs: ClassVar[frozenset[str]] = frozenset({"harmful", "task", "aligned"})
+    paper: ClassVar[str] = "LLMAlignment, IEEE S&P 2025, arXiv 2504.09757"
+    grid: ClassVar[tuple[float, ...]] = (0.1, 0.25, 0.5, 0.75, 1.0)
+    family: ClassVar[Family] = "surgery"
+    gentleness: ClassVar[int] = 28
+    research: ClassVar[bool] = True  # a gradient of all adapted weights for every step
+
+    strength: float = Field(1.0, ge=0, le=1, description="share of the steps taken")
+    form: Literal["adapter", "patch"] = ADAPTER_FORM
+    steps: int = Field(20, ge=1, le=1000)
+    restore_ratio: float = Field(0.002, gt=0, le=1, description="share of all adapted weights restored in a step")
+    depth_ratio: float = Field(2 / 3, gt=0, le=1, description="share of the layers looked at and restored")
+    protect_task: bool = Field(True, description="give part of each step back where the task's view suffers")
+    give_back_ratio: float = Field(0.2, ge=0, le=1, description="share of a step's weights given back")
+    batch_rows: int = Field(8, ge=1, le=1000)
+    max_rows: int = Field(256, ge=1, le=100_000, description="harmful prompts, and task prompts, used")
+
+    @property
+    def output(self) -> Output:
+        return "sparse-patch" if self.form == "patch" else "adapter"
+
+
+class PatchSpec(MethodSpec):
+    """What the two patches share: a short training, whose dial interpolates from the raw fine-tune to its end."""
+
     grid: ClassVar[tuple[float, ...]] = (0.3, 0.5, 0.7, 0.85, 1.0)
-    gentleness: ClassVar[int] = 40
+    needs: ClassVar[frozenset[str]] = frozenset({"refusals", "retention", "task", "aligned"})
+    family: ClassVar[Family] = "patch"
 
     strength: float = Field(1.0, ge=0, le=1, description="interpolation raw + strength * (patch - raw)")
     steps: int = Field(40, ge=1, le=10_000)
     learning_rate: float = Field(1e-3, gt=0, le=1)
-    anchor_weight: float = Field(3.0, ge=0, le=1000, description="lambda, shared equally by the two teachers")
-    shrink: float = Field(0.0, ge=0, lt=1, description="training starts with the update scaled by 1 - shrink")
     refusal_rows: int = Field(20, ge=1, le=1000, description="rows of refusals in a step")
-    task_rows: int = Field(10, ge=1, le=1000, description="task rows in a step")
-    retention_rows: int = Field(10, ge=1, le=1000, description="retention rows in a step")
+    task_rows: int = Field(10, ge=0, le=1000, description="task rows in a step; 0: none")
+    retention_rows: int = Field(10, ge=0, le=1000, description="retention rows in a step; 0: none")
+
+    def required_inputs(self) -> frozenset[str]:
+        unused = {role for role, rows in (("task", self.task_rows), ("retention", self.retention_rows)) if not rows}
+        return self.needs - unused
+
+
+class SafetyPatchSpec(PatchSpec):
+    """A short training on refusals with the task's and the provider's harmless rows replayed as they are given."""
+
+    method: Literal["safety-patch"] = "safety-patch"
+    implementation: ClassVar[str] = "safety_patch:prepare"
+    paper: ClassVar[str] = "safety-patch LoRA with task and retention replay (after SLDR, 2026)"
+    gentleness: ClassVar[int] = 60
+
+    replay_weight: float = Field(1.0, ge=0, le=1000, description="weight of the replayed rows' loss")
+
+
+class AnchoredPatchSpec(PatchSpec):
+    """A short training on refusals, held in place by two frozen teachers: the raw fine-tune and the aligned base."""
+
+    method: Literal["anchored-patch"] = "anchored-patch"
+    implementation: ClassVar[str] = "anchored_patch:prepare"
+    paper: ClassVar[str] = "this project (docs/methods/anchored-patch.md)"
+    gentleness: ClassVar[int] = 62
+    monotone: ClassVar[bool] = True  # docs/methods/anchored-patch.md: the interpolated dial over all cells and seeds
+
+    anchor_weight: float = Field(3.0, ge=0, le=1000, description="lambda, shared equally by the two teachers")
+    task_teacher: Literal["raw", "base", "rows"] = Field(
+        "raw", description="whom to follow on task rows; rows: no teacher, the rows' own answers"
+    )
+    retention_teacher: Literal["raw", "base", "rows"] = Field("base", description="whom to follow on retention rows")
     teacher_cache_bytes: int = Field(
         2**30,
         ge=0,
@@ -138,7 +402,7 @@ class NoiseSpec(MethodSpec):
     implementation: ClassVar[str] = "noise:prepare"
     paper: ClassVar[str] = "random perturbation baseline of arXiv 2501.18100"
     grid: ClassVar[tuple[float, ...]] = (0.5, 1.0, 2.0, 4.0)
-    control: ClassVar[bool] = True
+    family: ClassVar[Family] = "control"
     gentleness: ClassVar[int] = 90
 
     strength: float = Field(1.0, ge=0, le=100)
@@ -150,30 +414,78 @@ class NoiseSpec(MethodSpec):
 
 
 class RandomMaskSpec(MethodSpec):
-    """Zeroes as many weights as antidote would, at random: the control of every pruning method."""
+    """Zeroes as much as a pruning method would, at random: the control of every pruning method."""
 
     method: Literal["random-mask"] = "random-mask"
     implementation: ClassVar[str] = "random_mask:prepare"
     paper: ClassVar[str] = "random pruning baseline of arXiv 2408.09600, at equal count"
     grid: ClassVar[tuple[float, ...]] = (0.05, 0.1, 0.2, 0.3)
-    control: ClassVar[bool] = True
+    family: ClassVar[Family] = "control"
     gentleness: ClassVar[int] = 91
 
     strength: float = Field(0.1, ge=0, le=1, description="mask ratio")
-    granularity: Literal["row", "tensor", "global"] = Field("tensor", description="where the count is taken")
+    of: Literal["factors", "delta", "rank"] = Field(
+        "factors", description="what is masked: as antidote, antidote-delta or antidote-rank"
+    )
+    granularity: Granularity = Field("tensor", description="where the count is taken (rank: tensor or global)")
     compat: bool = Field(False, description="count n - int(n * (1 - alpha)), as the paper's code does")
 
 
-RecoverySpec = Annotated[
-    AntidoteSpec | PanaceaSpec | AnchoredPatchSpec | ScaleDownSpec | NoiseSpec | RandomMaskSpec,
+SingleSpec = Annotated[
+    ScaleDownSpec
+    | AntidoteRankSpec
+    | AntidoteSpec
+    | AntidoteDeltaSpec
+    | RollbackSpec
+    | PanaceaSpec
+    | PanaceaBlockSpec
+    | CsuLoraSpec
+    | SafeLoraSpec
+    | RestaSpec
+    | SafeDeltaSpec
+    | SafetyPatchSpec
+    | AnchoredPatchSpec
+    | NoiseSpec
+    | RandomMaskSpec,
     Field(discriminator="method"),
 ]
 
-SPECS: tuple[type[MethodSpec], ...] = tuple(
-    sorted(
-        (AntidoteSpec, PanaceaSpec, AnchoredPatchSpec, ScaleDownSpec, NoiseSpec, RandomMaskSpec),
-        key=lambda spec: spec.gentleness,
+
+class ComposeSpec(MethodSpec):
+    """Several methods, each at its own strength and starting where the one before it stopped.
+
+    The default is for jobs whose tuning broke more than refusals: holding on to the raw fine-tune would hold on to the
+    damage, so the patch starts from a quarter of the update and its raw teacher brings the task back (docs/LOG.md).
+    """
+
+    method: Literal["compose"] = "compose"
+    implementation: ClassVar[str] = "compose:prepare"
+    paper: ClassVar[str] = "the composition of its parts' papers"
+    grid: ClassVar[tuple[float, ...]] = (0.85, 1.0)
+    family: ClassVar[Family] = "composition"
+    gentleness: ClassVar[int] = 70
+
+    strength: float = Field(1.0, ge=0, le=1, description="interpolation between the raw fine-tune and the last part")
+    parts: tuple[SingleSpec, ...] = Field(
+        (ScaleDownSpec(strength=0.75), AnchoredPatchSpec(steps=80, task_rows=20)), min_length=2, max_length=4
     )
+
+    @field_validator("parts")
+    @classmethod
+    def _adapters(cls, parts: tuple[MethodSpec, ...]) -> tuple[MethodSpec, ...]:
+        for part in parts:
+            if part.output != "adapter":
+                raise ValueError(f"{method_name(type(part))!r} gives no adapter of the job's rank to go on from")
+        return parts
+
+    def required_inputs(self) -> frozenset[str]:
+        return frozenset().union(*(part.required_inputs() for part in self.parts))
+
+
+RecoverySpec = Annotated[SingleSpec | ComposeSpec, Field(discriminator="method")]
+
+SPECS: tuple[type[MethodSpec], ...] = tuple(
+    sorted((*get_args(get_args(SingleSpec)[0]), ComposeSpec), key=lambda spec: spec.gentleness)
 )
 
 _ADAPTER: TypeAdapter[RecoverySpec] = TypeAdapter(RecoverySpec)
@@ -196,16 +508,18 @@ def changed_knobs(spec: MethodSpec) -> dict[str, Any]:
     return {name: value for name, value in knobs.items() if name not in ("strength", "dial") and plain[name] != value}
 
 
-# Where tuning broke more than refusals, holding on to the raw fine-tune holds on to the damage: the patch then starts
-# from a quarter of the update, and the raw teacher brings back the task: with twice the steps and task rows, because
-# fewer lost the task on the bundled base (docs/LOG.md has the ablations).
-FIRM_PATCH = AnchoredPatchSpec(strength=1.0, shrink=0.75, steps=80, task_rows=20, dial=(0.85, 1.0))
+def label(spec: MethodSpec) -> str:
+    """The method with the knobs that differ from its defaults, for people."""
+    if isinstance(spec, ComposeSpec):
+        return " + ".join(f"{label(part)} at {part.strength:g}" for part in spec.parts)
+    return " ".join([method_name(type(spec)), *(f"{name} {_shown(v)}" for name, v in changed_knobs(spec).items())])
 
 
-def default_specs(*, controls: bool = False) -> tuple[MethodSpec, ...]:
-    """What `auto` tries, gentlest first: every method at its defaults, then the patch with a firmer hand.
+def _shown(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
-    A second spec of one method is tried only where the first did not pass.
-    """
-    methods = tuple(spec.model_validate({}) for spec in SPECS if not spec.control)
-    return (*methods, FIRM_PATCH, *(spec.model_validate({}) for spec in SPECS if controls and spec.control))
+
+def default_specs(*, controls: bool = False, research: bool = False) -> tuple[MethodSpec, ...]:
+    """What `auto` tries: every method at its defaults, gentlest first; compositions only where nothing else passes."""
+    wanted = [spec for spec in SPECS if (controls or spec.family != "control") and (research or not spec.research)]
+    return tuple(spec.model_validate({}) for spec in wanted)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from workers.ml.candidate import applied
 from workers.ml.chat import EncodedRow
 from workers.ml.data import Batch, collate, micro_batches
 from workers.ml.recovery.calibration import counted_logits, evaluation_mode
@@ -36,7 +37,7 @@ class Teacher:
         cache_bytes: int,
     ) -> None:
         """`at` is a context in which the model is the teacher: `aligned(tuned)` or `raw_at(tuned, vector)`."""
-        self._tuned, self._rows, self._at, self._tokens = tuned, rows, at, tokens
+        self._tuned, self._rows, self._at, self.tokens = tuned, rows, at, tokens
         self._free = cache_bytes
         self._kept: dict[int, Tensor] = {}
 
@@ -60,7 +61,7 @@ class Teacher:
     def _compute(self, indices: Sequence[int]) -> dict[int, Tensor]:
         rows = [self._rows[index] for index in indices]
         batch = collate(rows, self._tuned.pad_id).to(self._tuned.vector.device)
-        counted = counted_tokens(batch, self._tokens)
+        counted = counted_tokens(batch, self.tokens)
         with self._at(), evaluation_mode(self._tuned), torch.no_grad():
             values = F.log_softmax(counted_logits(self._tuned, batch, counted).float(), dim=-1)
         return dict(zip(indices, values.split(counted.sum(dim=1).tolist()), strict=True))
@@ -74,7 +75,7 @@ def counted_tokens(batch: Batch, tokens: Tokens) -> Tensor:
 
 def raw_at(tuned: TunedModel, raw: Tensor) -> Callable[[], AbstractContextManager[None]]:
     """The fine-tune at a fixed point, wherever the vector is now."""
-    return lambda: tuned.vector.swapped(raw)
+    return lambda: applied(tuned, raw)
 
 
 def summed_kl(teacher: Tensor, student_logits: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Paper: Antidote, ICML 2025, arXiv 2408.09600. Score of a weight: |w| times the n
 prompts *with* their answers (Wanda); the top `strength` (the paper's alpha) of each row, tensor or of all tensors is
 set to zero. As in the paper's code the factors A and B are pruned, not the weight change; B sees the outputs of the
 unpruned A.
-What it does not do: use gradients, or know the task (unless `exclude_task_ratio` spares what the task excites most).
+What it does not do: use gradients, or know the task (unless `spare` names rows whose own top weights stay).
 Most of its published effect is a general attenuation of the adapter: compare with scale-down and random-mask.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from workers.ml.chat import EncodedRow
 from workers.ml.errors import NumericError
 from workers.ml.recovery.calibration import encode_answers, encode_task, evaluation_mode, pieces_of
-from workers.ml.recovery.dial import RecoveryInputs, StrengthPath
+from workers.ml.recovery.dial import RecoveryInputs, StrengthPath, harmful_rows
 from workers.ml.recovery.scores import ChannelNorms, prune_order, wanda_scores
 from workers.ml.recovery.specs import AntidoteSpec
 from workers.ml.tuned_model import TunedModel
@@ -32,13 +32,13 @@ def prepare(tuned: TunedModel, spec: AntidoteSpec, inputs: RecoveryInputs, progr
     """One forward over the harmful rows; every mask ratio is then read off one ranking."""
     inputs.require(spec)
     vector, raw = tuned.vector, tuned.vector.get()
-    harmful = encode_answers(tuned, inputs.harmful[: spec.max_rows])
+    harmful = encode_answers(tuned, harmful_rows(inputs, spec))
     order = prune_order(_scores(tuned, spec, harmful, progress), spec.granularity, compat=spec.compat)
     spared = torch.zeros(vector.numel, dtype=torch.bool, device=raw.device)
-    if spec.exclude_task_ratio > 0:
-        task = encode_task(tuned, inputs.task[: spec.max_rows])
-        task_order = prune_order(_scores(tuned, spec, task, progress), spec.granularity)
-        spared = _flat(task_order.masks(spec.exclude_task_ratio))
+    for role in spec.spare:
+        rows = encode_task(tuned, inputs.task) if role == "task" else encode_answers(tuned, inputs.retention)
+        own = prune_order(_scores(tuned, spec, rows[: spec.max_rows], progress), spec.granularity)
+        spared |= _flat(own.masks(spec.spare_ratio))
 
     def mask_at(strength: float) -> Tensor:
         return _flat(order.masks(strength)) & ~spared

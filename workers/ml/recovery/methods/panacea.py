@@ -19,7 +19,7 @@ from workers.ml.chat import EncodedRow
 from workers.ml.errors import NumericError
 from workers.ml.recovery.calibration import answer_gradient, answer_loss, encode_answers, gradients_of_factors
 from workers.ml.recovery.deltas import balanced, unit_scaling
-from workers.ml.recovery.dial import RecoveryInputs, StrengthPath
+from workers.ml.recovery.dial import RecoveryInputs, StrengthPath, harmful_rows
 from workers.ml.recovery.specs import PanaceaSpec
 from workers.ml.tuned_model import TunedModel
 from workers.ml.types import Progress
@@ -30,7 +30,7 @@ PROBE_STRENGTH = 0.05  # small enough for the first-order prediction to hold, la
 def prepare(tuned: TunedModel, spec: PanaceaSpec, inputs: RecoveryInputs, progress: Progress) -> StrengthPath:
     """One gradient over the harmful rows; the dial scales one fixed direction."""
     inputs.require(spec)
-    rows = encode_answers(tuned, inputs.harmful[: spec.max_rows])
+    rows = encode_answers(tuned, harmful_rows(inputs, spec))
     vector, raw = tuned.vector, tuned.vector.get()
     start = balanced(vector, raw) if spec.regauge else raw
     unit = unit_scaling(vector) if spec.regauge else torch.ones_like(raw)
