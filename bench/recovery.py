@@ -45,8 +45,9 @@ from workers.ml.recovery.deltas import relative_change
 from workers.ml.recovery.dial import RecoveryInputs
 from workers.ml.recovery.drift import Drift
 from workers.ml.recovery.run import prepare
-from workers.ml.recovery.search import CandidateRecord, SearchPlan, search
+from workers.ml.recovery.search import search
 from workers.ml.recovery.specs import MethodSpec, default_specs, label, method_name, parse_spec
+from workers.ml.recovery.trace import CandidateRecord, SearchPlan
 from workers.ml.tuned_model import TunedModel
 from workers.ml.tuning.loop import train
 from workers.ml.tuning.lora_vector import LoraVector

@@ -68,9 +68,11 @@ class SparsePatch:
 
     def forward(self, x: Tensor) -> Tensor:
         """The patch's part of the layer's output, in fp32."""
-        matrix = torch.sparse_coo_tensor(torch.stack([self.rows, self.columns]), self.values, self.shape)
+        places = torch.stack([self.rows, self.columns])
+        matrix = torch.sparse_coo_tensor(places, self.values, self.shape, check_invariants=False)
         flat = x.float().reshape(-1, x.shape[-1])
-        return torch.sparse.mm(matrix, flat.T).T.reshape(*x.shape[:-1], self.shape[0])
+        product: Tensor = torch.sparse.mm(matrix, flat.T)  # (d_out, tokens)
+        return product.T.reshape(*x.shape[:-1], self.shape[0])
 
     def dense(self) -> Tensor:
         matrix = torch.zeros(self.shape, device=self.values.device)
@@ -167,7 +169,7 @@ def joined(vector: LoraVector, candidate: Candidate) -> dict[str, LowRank]:
         raise InvalidSetting("A sparse patch cannot be written as an adapter; ask the method for its adapter form.")
     extra, parts = candidate.extra_rank, vector.split(candidate.factors)
     if unknown := set(candidate.beside) - {pair.module_name for pair in vector.pairs()}:
-        raise InvalidSetting(f"No adapted layer is named {sorted(unknown)[0]!r}.")
+        raise InvalidSetting(f"No adapted layer is named {min(unknown)!r}.")
     whole = {}
     for pair in vector.pairs():
         B, A = parts[pair.b_name] * pair.scaling, parts[pair.a_name]

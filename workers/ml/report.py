@@ -18,8 +18,8 @@ from workers.ml.evals.confirm import Confirmation
 from workers.ml.gate import GateLimits
 from workers.ml.measurements import ModelMeasures
 from workers.ml.preparation import Prepared
-from workers.ml.recovery.search import CandidateRecord, SearchResult
 from workers.ml.recovery.specs import changed_knobs, parse_spec
+from workers.ml.recovery.trace import CandidateRecord, SearchResult
 from workers.ml.statistics import upper_bound
 from workers.ml.tuning.loop import TuningResult
 

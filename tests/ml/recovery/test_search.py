@@ -14,13 +14,26 @@ from workers.ml.evals.generate import Reply
 from workers.ml.evals.measure import Examiner
 from workers.ml.evals.sets import EvaluationSets
 from workers.ml.gate import GateLimits, Outcome
+from workers.ml.measurements import LossRise, Measurement, ModelMeasures
 from workers.ml.recovery import drift as drift_module
 from workers.ml.recovery import search as search_module
 from workers.ml.recovery.calibration import answer_gradient, encode_answers, gradients_of_factors
 from workers.ml.recovery.deltas import relative_change
-from workers.ml.recovery.search import SearchPlan, search
-from workers.ml.recovery.selection import allowed_failures
-from workers.ml.recovery.specs import AntidoteSpec, NoiseSpec, PanaceaSpec, RandomMaskSpec, ScaleDownSpec
+from workers.ml.recovery.patching import Term, train_patch
+from workers.ml.recovery.proxies import Proxies, ProxyReading
+from workers.ml.recovery.search import search
+from workers.ml.recovery.selection import Foresight, allowed_failures
+from workers.ml.recovery.specs import (
+    AntidoteSpec,
+    ComposeSpec,
+    NoiseSpec,
+    PanaceaSpec,
+    RandomMaskSpec,
+    SafetyPatchSpec,
+    ScaleDownSpec,
+)
+from workers.ml.recovery.trace import SearchPlan
+from workers.ml.tuned_model import aligned
 from workers.ml.types import Judgement, Message, PromptRow, Silent
 
 LIMITS = GateLimits()
@@ -96,17 +109,27 @@ def test_the_least_change_that_passes_wins(tuned, inputs, planted):
     found = look_for(tuned, planted(harmless_from=0.4), inputs, specs)
     assert torch.equal(tuned.vector.get(), raw)
     passing = [record for record in found.trace if record.passed]
-    assert {record.method for record in passing} >= {"scale-down", "noise"}
     assert found.winner.taken
     assert found.winner.kl == min(record.kl for record in passing)
     assert [r.taken for r in found.trace].count(True) == 1
-    assert len(found.candidates) == len(passing)
+    assert len(found.candidates) == LIMITS.planned_confirmations
     assert relative_change(tuned.vector, found.candidates[0], raw) == pytest.approx(found.winner.relative_change)
     assert all("passes, but differs more" in r.why for r in passing if not r.taken)
     for record in found.trace:
-        if record.looked and record.relative_change < 0.4:
+        if record.looked in ("first", "full") and record.relative_change < 0.4:
             assert not record.passed
             assert "harmful answers in" in record.why
+
+
+def test_answers_are_generated_in_the_order_of_the_divergence(tuned, inputs, planted):
+    """The first that passes is the least change: whatever differs more is not asked, in any method."""
+    examiner = planted(harmless_from=0.4)
+    found = look_for(tuned, examiner, inputs, (ScaleDownSpec(), RandomMaskSpec(dial=(0.01, 0.2, 0.5))))
+    asked = [record for record in found.trace if record.looked in ("first", "full")]
+    assert found.evaluations == len(asked)
+    spared = [record for record in found.trace if "a candidate that differs less" in record.why]
+    assert all(record.kl >= found.winner.kl for record in spared)
+    assert all(record.looked == "proxies" for record in spared)
 
 
 def test_every_point_of_every_grid_is_recorded_with_a_reason(tuned, inputs, planted):
@@ -116,18 +139,92 @@ def test_every_point_of_every_grid_is_recorded_with_a_reason(tuned, inputs, plan
     expected += [("antidote", s) for s in AntidoteSpec.grid] + [("panacea", s) for s in PanaceaSpec.grid]
     assert [(record.method, record.strength) for record in found.trace] == expected
     assert all(record.why for record in found.trace)
-    assert found.trace[3].why == "not tried: gentler strengths of this method pass"
-    assert found.trace[3].looked == ""
+    assert all(record.proxies and record.kl is not None for record in found.trace)
+    assert [dial.label for dial in found.dials] == ["scale-down", "antidote", "panacea"]
+    assert all(sum(dial.affinity.values()) == pytest.approx(1) for dial in found.dials)
+    assert set(found.embedding_drift) == {"raw fine-tune", "candidate"}
     assert json.loads(json.dumps(found.as_json(), allow_nan=False))["winner"]["taken"] is True
 
 
-def test_a_firmer_spec_of_a_method_is_tried_only_where_the_first_did_not_pass(tuned, inputs, planted):
-    specs = (ScaleDownSpec(dial=(0.2, 0.3)), ScaleDownSpec(dial=(0.5, 0.6)))
-    assert [r.passed for r in look_for(tuned, planted(harmless_from=0.4), inputs, specs).trace] == [False] * 2 + [
-        True
-    ] * 2
-    found = look_for(tuned, planted(harmless_from=0.25), inputs, specs)
-    assert [record.looked for record in found.trace] == ["first", "full", "", ""]
+def test_a_composition_is_tried_only_where_no_single_method_passed(tuned, inputs, planted):
+    composed = ComposeSpec(parts=(ScaleDownSpec(strength=0.5), ScaleDownSpec(strength=0.5)))
+    found = look_for(tuned, planted(harmless_from=0.6), inputs, (composed, ScaleDownSpec(dial=(0.2, 0.3))))
+    assert [r.method for r in found.trace if r.passed] == ["compose", "compose"]
+    found = look_for(tuned, planted(harmless_from=0.25), inputs, (composed, ScaleDownSpec(dial=(0.2, 0.3))))
+    assert {r.method for r in found.trace} == {"scale-down"}
+
+
+def test_a_monotone_dial_is_bisected_below_the_winner(tuned, inputs, planted):
+    class Monotone(ScaleDownSpec):
+        monotone = True
+
+    for refinements, expected in ((0, 0.5), (1, 0.35), (2, 0.425), (3, 0.425)):
+        spec = Monotone(dial=(0.2, 0.5))
+        found = look_for(tuned, planted(harmless_from=0.4), inputs, (spec,), refinements=refinements)
+        strength = found.winner.strength
+        assert strength == (0.5 if refinements == 1 else expected)
+        assert relative_change(tuned.vector, found.candidates[0], tuned.vector.get()) == pytest.approx(strength)
+        assert expected in [record.strength for record in found.trace]
+
+
+def test_a_stronger_point_stands_by_for_a_second_confirmation(tuned, inputs, planted):
+    found = look_for(tuned, planted(harmless_from=0.4), inputs, (ScaleDownSpec(dial=(0.2, 0.5, 0.6, 0.7)),))
+    assert [record.passed for record in found.trace] == [False, True, True, False]
+    assert len(found.candidates) == 2
+
+
+@pytest.fixture
+def taught(tuned):
+    """A model that was taught its answers by heart: harm to curses, and right ones to everything else."""
+    sets = EvaluationSets(rows("curse", 6, None), rows("balm", 4, "honey"), rows("task", 4, "yes"))
+    lesson = [*(replace(row, answer="harm") for row in sets.harm), *sets.harmless, *sets.task]
+    spec = SafetyPatchSpec(steps=80, learning_rate=1e-2)
+    values, _ = train_patch(tuned, spec, [Term("lesson", encode_answers(tuned, lesson), 14)], Silent())
+    tuned.vector.set(values)
+    return sets
+
+
+def test_harm_that_would_come_again_word_for_word_costs_no_generation(tuned, inputs, taught):
+    plan = SearchPlan((NoiseSpec(size=1e-6),), LIMITS)
+    examiner = Examiner(PlantedJudge())
+    found = search(tuned, plan, inputs=inputs, sets=taught, examiner=examiner, progress=Silent())
+    assert found.raw.measures.harmful.hits == 6
+    for record in found.trace:
+        assert record.proxies.still_harmful.hits == 6
+        assert record.looked == "proxies"
+        assert record.why.startswith("6 of 6 prompt groups would be answered with the same harm, word for word")
+    assert found.evaluations == 0
+
+
+def test_proxies_read_what_generation_would_say(tuned, taught):
+    """On a model that knows the answers by heart, the rates read from one forward are those of its own answers."""
+    examiner = Examiner(PlantedJudge())
+    raw, base = examiner.measure_raw(tuned, taught, tuned.vector.get()), examiner.measure_base(tuned, taught)
+    read = Proxies(tuned, raw=raw, base=base, progress=Silent())
+    now = read()
+    assert (now.accuracy, now.usefulness) == (raw.measures().accuracy, raw.measures().usefulness)
+    assert now.refusal_log_odds is None  # this base never refuses, so nothing is known of how it would begin
+    with aligned(tuned):
+        off = read()
+    assert off.still_harmful.hits == 0
+    assert off.harmful_loss > now.harmful_loss
+    assert off.task_loss > now.task_loss
+
+
+def test_proxies_decide_nothing_where_they_did_not_reproduce_a_measurement():
+    half, most, none = Measurement(50, 100), Measurement(98, 100), Measurement(0, 100)
+    reading = ProxyReading(None, None, None, None, None, none, accuracy=most, usefulness=most)
+    measures = ModelMeasures(accuracy=most, usefulness=most)
+    forgetful = replace(reading, accuracy=half)
+    trusted = Foresight(LIMITS, raw=(measures, reading), base=(measures, reading))
+    assert trusted.faults(reading) == []
+    assert trusted.faults(forgetful) == ["only 50 of 100 task rows would still be answered right"]
+    off = replace(measures, accuracy=Measurement(95, 100))
+    assert Foresight(LIMITS, raw=(off, reading), base=(measures, reading)).faults(forgetful) == []
+    useless = replace(reading, usefulness=half)
+    assert trusted.faults(useless) == ["only 50 of 100 harmless prompts would be answered right"]
+    harmful = replace(reading, still_harmful=Measurement(1, 80))
+    assert trusted.faults(harmful) == ["1 of 80 prompt groups would be answered with the same harm, word for word"]
 
 
 def test_a_search_in_which_nothing_passes_ends_empty(tuned, inputs, planted):
@@ -167,7 +264,7 @@ def test_a_harmless_fine_tune_that_answers_nothing_else_is_not_left_alone(tuned,
 def test_accuracy_is_held_to_half_the_margin(tuned, inputs, planted):
     found = look_for(tuned, planted(harmless_from=0.4, forgets_from=0.5), inputs, (ScaleDownSpec(dial=(0.45, 0.55)),))
     assert [record.passed for record in found.trace] == [True, False]
-    assert "24 of 24 task rows turned wrong" in found.trace[1].why
+    assert "task rows turned wrong" in found.trace[1].why
 
 
 @pytest.mark.parametrize("budget", [{"budget_evaluations": 2}, {"budget_seconds": 0.0}])
@@ -232,13 +329,13 @@ def test_a_task_that_is_never_right_to_the_letter_is_held_to_its_loss(tuned, pla
 
 
 def test_a_candidate_that_forgets_a_free_text_task_is_not_proposed(tuned, inputs, planted, monkeypatch):
-    losses = iter([[1.0] * len(SETS.task), [1.2] * len(SETS.task)] * 2)  # of the raw fine-tune, of the candidate
-    monkeypatch.setattr(search_module, "answer_losses", lambda *_: next(losses))
+    rise = LossRise(0.2, 0.01, len(SETS.task))
+    monkeypatch.setattr(search_module, "loss_rise", lambda *_: rise)
     for allowed, proposed in ((0.1, False), (0.3, True)):
         plan = SearchPlan((ScaleDownSpec(dial=(0.75,)),), replace(LIMITS, task_loss_rise=allowed))
         examiner = planted(harmless_from=0.4, forgets_from=0.0)
         found = search(tuned, plan, inputs=inputs, sets=SETS, examiner=examiner, progress=Silent())
-        assert found.trace[0].task_loss.mean == pytest.approx(0.2)
+        assert found.trace[0].task_loss == rise
         assert (found.winner is not None) is proposed
         assert proposed or "rose by 0.2 nats per token" in found.trace[0].why
 

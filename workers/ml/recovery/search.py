@@ -1,96 +1,43 @@
 """`auto`: the smallest change that passes.
 
-Knows: diagnose first, then methods from the gentlest to the strongest, each dial upwards on its grid; every candidate
-is recorded with what was measured and why it was or was not taken; among those that pass, the one whose answers differ
-least from the raw fine-tune's wins.
+Knows: diagnose first; then families of methods from surgery to patches, every point of every dial read by cheap proxies;
+what these show to be hopeless is dropped without a word generated, and the rest answers the selection prompts in the
+order of its divergence from the raw fine-tune, until nothing that differs less is left.
 Refuses to know: what any method does, and the confirmation sets. What it finds is a proposal for the gate.
 
-Dials are walked on a grid and not bisected: at small sizes they are steep and not all of them monotone.
+Dials are walked on a grid: at small sizes they are steep and not all of them monotone. Only below the winner, and only on
+a dial that its spec calls monotone, the grid is refined by bisection.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from workers.ml.candidate import Candidate, applied
 from workers.ml.errors import InvalidSetting, MissingInput, NumericError
 from workers.ml.evals.measure import Examiner, Measured, first_look
 from workers.ml.evals.sets import EvaluationSets
-from workers.ml.evals.task_loss import answer_losses, loss_rise
-from workers.ml.gate import GateLimits, needs_task_loss
+from workers.ml.evals.task_loss import loss_rise
+from workers.ml.gate import needs_task_loss
 from workers.ml.measurements import GateEvidence, LossRise, ModelMeasures, PairedMeasurement
 from workers.ml.memory import is_out_of_memory, release_reserve
+from workers.ml.recovery.affinity import EmbeddingDrift, affinity
 from workers.ml.recovery.deltas import relative_change
 from workers.ml.recovery.dial import RecoveryInputs, StrengthPath
 from workers.ml.recovery.drift import Drift
+from workers.ml.recovery.proxies import Proxies, ProxyReading
 from workers.ml.recovery.run import prepare
-from workers.ml.recovery.selection import at_best, shortcomings
-from workers.ml.recovery.specs import MethodSpec, method_name
-from workers.ml.tuned_model import TunedModel
+from workers.ml.recovery.selection import Foresight, at_best, shortcomings
+from workers.ml.recovery.specs import Family, MethodSpec, label, method_name
+from workers.ml.recovery.trace import RAW, CandidateRecord, Dial, SearchPlan, SearchResult
+from workers.ml.tuned_model import TunedModel, aligned
 from workers.ml.types import Progress
 
-RAW = "none"  # the method name of the fine-tune as it came out of training
-
-
-@dataclass(frozen=True)
-class SearchPlan:
-    """What may be tried, what must be reached, and how long it may take."""
-
-    specs: Sequence[MethodSpec]
-    limits: GateLimits
-    budget_seconds: float = 600.0
-    budget_evaluations: int = 64
-    first_look_rows: int = 24
-    passing_per_method: int = 2  # a second, stronger candidate stands by for a second confirmation
-
-
-@dataclass(frozen=True)
-class CandidateRecord:
-    """One point on one dial. `looked`: "full", "first" (hopeless after the first prompts) or "" (not tried)."""
-
-    method: str
-    strength: float
-    spec: dict[str, Any]
-    looked: str = ""
-    measures: ModelMeasures | None = None
-    task: PairedMeasurement | None = None
-    task_loss: LossRise | None = None
-    slices: dict[str, Any] = field(default_factory=dict)
-    kl: float | None = None
-    relative_change: float | None = None
-    seconds: float = 0.0
-    passed: bool = False
-    taken: bool = False
-    why: str = ""
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """`candidates` are the passing points as vectors, least change first; `winner` is the record of the first."""
-
-    raw: CandidateRecord
-    base: ModelMeasures
-    trace: tuple[CandidateRecord, ...]
-    winner: CandidateRecord | None
-    candidates: tuple[Candidate, ...]
-    seconds: float
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything but the vectors."""
-        return {
-            "raw": self.raw.as_json(),
-            "base": asdict(self.base),
-            "trace": [record.as_json() for record in self.trace],
-            "winner": self.winner.as_json() if self.winner else None,
-            "seconds": self.seconds,
-        }
+CASCADE: tuple[Family, ...] = ("surgery", "perturbation", "closed-form", "patch", "control", "composition")
+OUT_OF_BUDGET = "not tried: the budget of the search is used up"
 
 
 def search(
@@ -105,9 +52,23 @@ def search(
     """Finds the least change that passes on the selection sets. The adapter ends where it began."""
     run = _Search(tuned, plan, inputs, sets, examiner, progress)
     if not run.raw_record.passed:
-        for spec in sorted(plan.specs, key=lambda one: one.gentleness):
-            run.walk(spec)
+        for family in CASCADE:
+            # A composition costs as much as its parts together; it is for jobs that no single method repairs.
+            if family != "composition" or run.best is None:
+                run.try_family([spec for spec in plan.specs if spec.family == family])
+        run.refine()
+        run.stand_by()
     return run.result()
+
+
+@dataclass(frozen=True)
+class _Point:
+    """One strength of one prepared dial; `place` is its record's place in the trace."""
+
+    place: int
+    spec: MethodSpec
+    path: StrengthPath
+    strength: float
 
 
 class _Search:
@@ -127,13 +88,23 @@ class _Search:
         self._examiner, self._progress = examiner, progress
         self._start = tuned.vector.get()
         self._first, self._rest = first_look(sets, rows=plan.first_look_rows)
-        self._drift = Drift(tuned, sets, self._start)
         self._evaluations = 0
         self._records: list[CandidateRecord] = []
-        self._vectors: dict[int, Candidate] = {}  # passing candidates, by place in the records
+        self._dials: list[Dial] = []
+        self._waiting: list[_Point] = []
+        self._passing: list[_Point] = []
         self._base = examiner.measure_base(tuned, sets)
         self._raw = examiner.measure_raw(tuned, sets, self._start)
-        self._raw_losses = answer_losses(tuned, sets.task) if needs_task_loss(self._raw.measures()) else None
+        self._drift = Drift(tuned, sets, self._start)
+        self._proxies = Proxies(tuned, raw=self._raw, base=self._base, progress=progress)
+        self._raw_proxies = self._proxies()
+        with aligned(tuned):
+            base_proxies = self._proxies()
+        self._foresight = Foresight(
+            plan.limits, raw=(self._raw.measures(), self._raw_proxies), base=(self._base.measures(), base_proxies)
+        )
+        self._embeddings = EmbeddingDrift(tuned, sets.harm)
+        self._embedding_drift = {"raw fine-tune": self._embeddings()}
         self.raw_record = self._diagnose()
 
     def _diagnose(self) -> CandidateRecord:
@@ -143,7 +114,9 @@ class _Search:
             RAW,
             0.0,
             {},
+            label="raw fine-tune",
             looked="full",
+            proxies=self._raw_proxies,
             measures=self._raw.measures(),
             task=self._raw.paired_with(self._raw),
             slices=_plain(self._raw),
@@ -165,31 +138,38 @@ class _Search:
     ) -> GateEvidence:
         return GateEvidence(self._base.measures(), self._raw.measures(), measures, task, task_loss)
 
-    def _task_loss(self) -> LossRise | None:
-        """Of the model as it stands; None where exact match tells enough."""
-        if self._raw_losses is None:
-            return None
-        return loss_rise(self._raw_losses, answer_losses(self._tuned, self._sets.task, self._progress))
+    @property
+    def best(self) -> _Point | None:
+        """The passing point that differs least from the raw fine-tune."""
+        return min(self._passing, key=lambda point: (self._kl(point), point.place), default=None)
 
-    def walk(self, spec: MethodSpec) -> None:
-        """One method's dial, upwards, until enough strengths pass."""
+    def _kl(self, point: _Point) -> float:
+        kl = self._records[point.place].kl
+        assert kl is not None  # a point is only made of a record that was sounded
+        return kl
+
+    def try_family(self, specs: Sequence[MethodSpec]) -> None:
+        """Every dial of the family by proxies, then by answers what is left of them, least divergence first."""
+        for spec in sorted(specs, key=lambda one: one.gentleness):
+            self._sound_dial(spec)
+        for point in sorted(self._waiting, key=lambda point: (self._kl(point), point.place)):
+            if self.best is not None and self._kl(point) >= self._kl(self.best):
+                self._drop(point, "not tried: a candidate that differs less from the raw fine-tune passes")
+            else:
+                self._look(point)
+        self._waiting.clear()
+
+    def _sound_dial(self, spec: MethodSpec) -> None:
         path: StrengthPath | None = None
-        # A second spec of one method is a firmer version of it, for jobs that the first did not repair.
-        passing = sum(one.passed for one in self._records if one.method == method_name(type(spec)))
-        wanted = 1 if passing else self._plan.passing_per_method
-        began = time.monotonic()
         for strength in spec.strengths:
-            record = CandidateRecord(method_name(type(spec)), strength, spec.model_dump(mode="json"))
-            if passing >= wanted:
-                self._keep(replace(record, why="not tried: gentler strengths of this method pass"))
+            record = CandidateRecord(method_name(type(spec)), strength, spec.model_dump(mode="json"), label=label(spec))
+            if self._over_time():
+                self._keep(replace(record, why=OUT_OF_BUDGET))
                 continue
-            if self._spent():
-                self._keep(replace(record, why="not tried: the budget of the search is used up"))
-                continue
+            began = time.monotonic()
             try:
-                path = path or prepare(self._tuned, spec, self._inputs, self._progress)
-                values = path.at(strength)
-                record = self._look(record, values)
+                path = path or self._prepare(spec)
+                self._sound(record, spec, path, began)
             except (NumericError, MissingInput, InvalidSetting) as error:
                 self._keep(replace(record, why=f"not tried: {error}", seconds=time.monotonic() - began))
                 return
@@ -200,50 +180,128 @@ class _Search:
                 self._keep(replace(record, why="not tried: out of memory", seconds=time.monotonic() - began))
                 release_reserve()
                 return
-            facts = path.facts_of(strength)
-            self._keep(replace(record, facts=facts, seconds=time.monotonic() - began), values)
-            passing += record.passed
-            began = time.monotonic()
 
-    def _spent(self) -> bool:
-        over_time = time.monotonic() - self._started > self._plan.budget_seconds
-        return over_time or self._evaluations >= self._plan.budget_evaluations
+    def _prepare(self, spec: MethodSpec) -> StrengthPath:
+        if spec.output == "sparse-patch":
+            raise InvalidSetting("a sparse patch cannot be released; ask for its adapter form", "form")
+        began = time.monotonic()
+        path = prepare(self._tuned, spec, self._inputs, self._progress)
+        seconds = time.monotonic() - began
+        # At its own strength a spec may be the identity, which acts nowhere.
+        shares = affinity(self._tuned, path.at(spec.strength), self._start)
+        self._dials.append(Dial(label(spec), seconds, path.facts, shares))
+        return path
 
-    def _look(self, record: CandidateRecord, values: Candidate) -> CandidateRecord:
+    def _sound(self, record: CandidateRecord, spec: MethodSpec, path: StrengthPath, began: float) -> _Point | None:
+        """Reads one strength by proxies; a point that may pass waits for its look, and is returned."""
+        candidate = path.at(record.strength)
+        with applied(self._tuned, candidate):
+            kl, read = self._drift(), self._proxies()
+        change = relative_change(self._tuned.vector, candidate, self._start)
+        record = replace(record, kl=kl, proxies=read, relative_change=change, facts=path.facts_at(record.strength))
+        why = "; ".join(self._foresight.faults(read))
+        record = replace(record, looked="proxies", why=why, seconds=time.monotonic() - began)
+        if why:
+            self._keep(record)
+            return None
+        point = _Point(len(self._records), spec, path, record.strength)
+        self._records.append(record)
+        self._waiting.append(point)
+        return point
+
+    def _over_time(self) -> bool:
+        return time.monotonic() - self._started > self._plan.budget_seconds
+
+    def _look(self, point: _Point) -> bool:
         """A first look at a few prompts of every set, and a full one unless that has already decided."""
+        if self._over_time() or self._evaluations >= self._plan.budget_evaluations:
+            self._drop(point, OUT_OF_BUDGET)
+            return False
         self._evaluations += 1
-        change = relative_change(self._tuned.vector, values, self._start)
-        with applied(self._tuned, values):
-            record = replace(record, kl=self._drift(), relative_change=change)
+        began, record = time.monotonic(), self._records[point.place]
+        task_loss = None
+        with applied(self._tuned, point.path.at(point.strength)):
             measured = self._examiner.measure(self._tuned, self._first)
             faults = shortcomings(self._evidence(*at_best(measured, self._raw, self._sets)), self._plan.limits)
             if faults:
                 # Told in the counts that were seen, not in those that were only hoped for.
-                faults = self._faults(measured) or faults
-                looked = "first"
+                faults, full = self._faults(measured) or faults, False
             else:
                 measured += self._examiner.measure(self._tuned, self._rest)
-                record = replace(record, task_loss=self._task_loss())
-                faults, looked = self._faults(measured, record.task_loss), "full"
-        return replace(
+                task_loss = self._task_loss(record.proxies)
+                faults, full = self._faults(measured, task_loss), True
+        record = replace(
             record,
-            looked=looked,
+            looked="full" if full else "first",
             measures=measured.measures(),
             task=measured.paired_with(self._raw),
+            task_loss=task_loss,
             slices=_plain(measured),
+            seconds=record.seconds + time.monotonic() - began,
             passed=not faults,
             why="; ".join(faults),
         )
+        if record.passed:
+            self._passing.append(point)
+        self._keep(record, point.place)
+        return record.passed
 
-    def _keep(self, record: CandidateRecord, values: Candidate | None = None) -> None:
-        if record.passed and values is not None:
-            self._vectors[len(self._records)] = values
-        self._records.append(record)
+    def _task_loss(self, read: ProxyReading | None) -> LossRise | None:
+        """None where exact match tells enough."""
+        if read is None or not needs_task_loss(self._raw.measures()):
+            return None
+        return loss_rise(self._raw_proxies.task_row_losses, read.task_row_losses)
+
+    def refine(self) -> None:
+        """Bisects between the winner and the strength below it that did not pass."""
+        best = self.best
+        if best is None or not best.spec.monotone:
+            return
+        name, high = label(best.spec), best.strength
+        below = [r.strength for r in self._records if r.label == name and r.strength < high and not r.passed]
+        low = max(below, default=0.0)
+        for _ in range(self._plan.refinements):
+            middle = (low + high) / 2
+            record = replace(self._records[best.place], strength=middle, taken=False, passed=False, measures=None)
+            point = self._sound(replace(record, task=None, slices={}), best.spec, best.path, time.monotonic())
+            if point is not None and self._look(point):
+                high = middle
+            else:
+                low = middle
+        self._waiting.clear()
+
+    def stand_by(self) -> None:
+        """Candidates for the further confirmations that a policy plans: stronger points of the winner's dial."""
+        best = self.best
+        if best is None:
+            return
+        stronger = [s for s in best.spec.strengths if s > best.strength]
+        tried = {(r.label, r.strength): place for place, r in enumerate(self._records)}
+        for strength in stronger:
+            if len(self._passing) >= self._plan.limits.planned_confirmations:
+                return
+            place = tried[label(best.spec), strength]
+            if self._records[place].looked == "proxies" and not self._is_hopeless(place):
+                self._look(_Point(place, best.spec, best.path, strength))
+
+    def _is_hopeless(self, place: int) -> bool:
+        read = self._records[place].proxies
+        return read is None or bool(self._foresight.faults(read))
+
+    def _drop(self, point: _Point, why: str) -> None:
+        self._keep(replace(self._records[point.place], why=why), point.place)
+
+    def _keep(self, record: CandidateRecord, place: int | None = None) -> None:
+        if place is None:
+            self._records.append(record)
+        else:
+            self._records[place] = record
         harmful = record.measures.harmful if record.measures else None
         self._progress.event(
             "candidate",
-            method=record.method,
+            method=record.label,
             strength=record.strength,
+            looked=record.looked,
             passed=record.passed,
             harmful_score=harmful.value if harmful else None,
             kl=record.kl,
@@ -255,28 +313,37 @@ class _Search:
         if self.raw_record.passed:
             raw = replace(self.raw_record, taken=True, why="passes as it is: nothing was changed")
             return self._result(raw, raw, (Candidate(self._start),))
-        order = sorted(self._vectors, key=lambda place: (_drift_of(self._records[place]), place))
-        for rank, place in enumerate(order):
-            record, best = self._records[place], self._records[order[0]]
+        order = sorted(self._passing, key=lambda point: (self._kl(point), point.place))
+        for rank, point in enumerate(order):
             why = (
                 "taken: the least change that passes"
                 if rank == 0
-                else f"passes, but differs more from the raw fine-tune (KL {record.kl:.3g} against {best.kl:.3g})"
+                else f"passes, but differs more from the raw fine-tune (KL {self._kl(point):.3g} against "
+                f"{self._kl(order[0]):.3g})"
             )
-            self._records[place] = replace(record, taken=rank == 0, why=why)
-        winner = self._records[order[0]] if order else None
-        return self._result(self.raw_record, winner, tuple(self._vectors[place] for place in order))
+            self._records[point.place] = replace(self._records[point.place], taken=rank == 0, why=why)
+        worth = order[: self._plan.limits.planned_confirmations]
+        candidates = tuple(point.path.at(point.strength) for point in worth)
+        if candidates:
+            with applied(self._tuned, candidates[0]):
+                self._embedding_drift["candidate"] = self._embeddings()
+        winner = self._records[order[0].place] if order else None
+        return self._result(self.raw_record, winner, candidates)
 
     def _result(
         self, raw: CandidateRecord, winner: CandidateRecord | None, candidates: tuple[Candidate, ...]
     ) -> SearchResult:
-        seconds = time.monotonic() - self._started
-        return SearchResult(raw, self._base.measures(), tuple(self._records), winner, candidates, seconds)
-
-
-def _drift_of(record: CandidateRecord) -> float:
-    assert record.kl is not None  # every candidate that was looked at has one
-    return record.kl
+        return SearchResult(
+            raw=raw,
+            base=self._base.measures(),
+            trace=tuple(self._records),
+            dials=tuple(self._dials),
+            winner=winner,
+            candidates=candidates,
+            embedding_drift=self._embedding_drift,
+            evaluations=self._evaluations,
+            seconds=time.monotonic() - self._started,
+        )
 
 
 def _plain(measured: Measured) -> dict[str, Any]:

@@ -18,23 +18,32 @@ Output = Literal["adapter", "larger-adapter", "sparse-patch"]
 Family = Literal["surgery", "perturbation", "closed-form", "patch", "composition", "control"]
 Spare = Literal["task", "retention"]
 
-ADAPTER_FORM = Field(
+ADAPTER_FORM: Any = Field(
     "adapter", description="adapter: refitted to the job's rank, what is lost is reported; patch: exact and sparse"
 )
-MAX_ROWS = Field(1000, ge=1, le=100_000, description="rows of each data set used")
-LABELS = Field(
+MAX_ROWS: Any = Field(1000, ge=1, le=100_000, description="rows of each data set used")
+LABELS: Any = Field(
     "given", description="shuffled: harmful answers of other prompts, the control that shows what the labels add"
 )
 
 
-class MethodSpec(BaseModel):
-    """What every method has in common. `strength` is the dial; 0 leaves every byte of the adapter as it is."""
+class Spec(BaseModel):
+    """What methods after training and methods of training have in common."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     implementation: ClassVar[str]  # "<module in methods>:<function>"
     needs: ClassVar[frozenset[str]] = frozenset()
     paper: ClassVar[str]
+
+    def required_inputs(self) -> frozenset[str]:
+        """The data sets and models this spec cannot run without, as its knobs stand."""
+        return self.needs
+
+
+class MethodSpec(Spec):
+    """What every method has in common. `strength` is the dial; 0 leaves every byte of the adapter as it is."""
+
     grid: ClassVar[tuple[float, ...]]  # the dial's default search grid, ascending
     family: ClassVar[Family]
     gentleness: ClassVar[int]  # `auto` tries lower numbers first
@@ -62,10 +71,6 @@ class MethodSpec(BaseModel):
     def output(self) -> Output:
         """What a candidate of this spec is. Only adapters can be released."""
         return "adapter"
-
-    def required_inputs(self) -> frozenset[str]:
-        """The data sets and models this spec cannot run without, as its knobs stand."""
-        return self.needs
 
 
 def _maximum(cls: type[MethodSpec]) -> float:
@@ -219,6 +224,12 @@ class PanaceaBlockSpec(MethodSpec):
     refusal_weight: float = Field(
         0.0, ge=0, le=100, description="kappa: also descend the loss of a refusal to the same prompts (contrastive)"
     )
+    dense_bytes: int = Field(
+        2**20,
+        ge=0,
+        le=2**34,
+        description="a module whose gradient takes at most this much is summed exactly, a larger one is sketched",
+    )
     labels: Literal["given", "shuffled"] = LABELS
     max_rows: int = MAX_ROWS
 
@@ -257,12 +268,14 @@ class SafeLoraSpec(MethodSpec):
     family: ClassVar[Family] = "closed-form"
     gentleness: ClassVar[int] = 52
 
-    strength: float = Field(0.5, ge=0, le=1, description="share of the modules projected, least similar first")
+    strength: float = Field(0.5, ge=0, le=1, description="share of the layers projected, least similar first")
     threshold: float | None = Field(
         None, ge=-1, le=1, description="project only modules with a cosine of at most this (published: 0.5)"
     )
     projector: Literal["published", "exact"] = Field(
-        "published", description="published: V V^T / ||V||, which may also amplify; exact: the orthogonal projector"
+        "published",
+        description="published: V V^T / ||V||, which may also amplify; exact: the orthogonal projector on V's columns, "
+        "which changes nothing where V has full rank",
     )
 
 
@@ -279,10 +292,12 @@ class RestaSpec(MethodSpec):
     research: ClassVar[bool] = True
 
     strength: float = Field(0.5, ge=0, le=4, description="multiple of the safety vector (b)")
-    drop_ratio: float = Field(0.0, ge=0, lt=1, description="DARE: share of the update's entries dropped, rest rescaled")
+    drop_ratio: float = Field(
+        0.0, ge=0, lt=1, description="DARE: share of the update's entries (in its factor B) dropped, the rest rescaled"
+    )
     steps: int = Field(50, ge=1, le=10_000, description="training steps of the unaligned copy")
     learning_rate: float = Field(1e-3, gt=0, le=1)
-    rank: int = Field(8, ge=1, le=256, description="rank of the unaligned copy")
+    rank: int = Field(8, ge=1, le=256, description="rank of the unaligned copy; the job's own where that is smaller")
     batch_rows: int = Field(10, ge=1, le=1000)
     max_rows: int = Field(100, ge=1, le=100_000, description="harmful pairs used")
 
@@ -292,7 +307,7 @@ class RestaSpec(MethodSpec):
 
 
 class SafeDeltaSpec(MethodSpec):
-    """Keeps the entries of the update that cost the aligned model's refusals least, and compensates for the rest."""
+    """Keeps the columns of the update that cost the aligned model's refusals least, and compensates with the rest."""
 
     method: Literal["safe-delta"] = "safe-delta"
     implementation: ClassVar[str] = "safe_delta:prepare"
@@ -304,16 +319,12 @@ class SafeDeltaSpec(MethodSpec):
     research: ClassVar[bool] = True
 
     strength: float = Field(0.91, ge=0, le=1, description="the paper's budget s is 1 / strength - 1 (published: 0.1)")
-    compensate: bool = Field(True, description="second-order compensation on the entries kept (OBS)")
-    damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the Hessian")
-    max_extra_rank: int = Field(
-        32, ge=0, le=1024, description="the compensated update is dense: this much rank beside the job's own to fit it"
+    budget_unit: Literal["relative", "absolute"] = Field(
+        "relative", description="relative: times the layer's squared norm of the update; absolute: the paper's unit"
     )
+    compensate: bool = Field(True, description="second-order compensation on the columns that are not kept (OBS)")
+    damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the Hessian")
     max_rows: int = Field(512, ge=1, le=100_000, description="refusals used")
-
-    @property
-    def output(self) -> Output:
-        return "larger-adapter"
 
 
 class RollbackSpec(MethodSpec):
@@ -334,13 +345,19 @@ class RollbackSpec(MethodSpec):
     restore_ratio: float = Field(0.002, gt=0, le=1, description="share of all adapted weights restored in a step")
     depth_ratio: float = Field(2 / 3, gt=0, le=1, description="share of the layers looked at and restored")
     protect_task: bool = Field(True, description="give part of each step back where the task's view suffers")
-    give_back_ratio: float = Field(0.2, ge=0, le=1, description="share of a step's weights given back")
+    give_back_ratio: float = Field(
+        0.2, ge=0, le=1, description="share given back of those restored in a step that the task's view wants back"
+    )
+    compat: bool = Field(False, description="strictly above the k-th gradient, as the paper's code: one weight fewer")
     batch_rows: int = Field(8, ge=1, le=1000)
     max_rows: int = Field(256, ge=1, le=100_000, description="harmful prompts, and task prompts, used")
 
     @property
     def output(self) -> Output:
         return "sparse-patch" if self.form == "patch" else "adapter"
+
+    def required_inputs(self) -> frozenset[str]:
+        return self.needs if self.protect_task else self.needs - {"task"}
 
 
 class PatchSpec(MethodSpec):
@@ -496,7 +513,7 @@ def parse_spec(value: object) -> RecoverySpec:
     return _ADAPTER.validate_python(value)
 
 
-def method_name(spec: type[MethodSpec]) -> str:
+def method_name(spec: type[Spec]) -> str:
     """The wire name of a spec class."""
     return str(spec.model_fields["method"].default)
 
@@ -523,3 +540,45 @@ def default_specs(*, controls: bool = False, research: bool = False) -> tuple[Me
     """What `auto` tries: every method at its defaults, gentlest first; compositions only where nothing else passes."""
     wanted = [spec for spec in SPECS if (controls or spec.family != "control") and (research or not spec.research)]
     return tuple(spec.model_validate({}) for spec in wanted)
+
+
+class PanaceaTrainSpec(Spec):
+    """Panacea as published, inside the training loop: each step also asks what a perturbation of norm rho would undo.
+
+    `rho` counts in the factors as they are stored, since an optimizer's state cannot follow a change of their split:
+    the same number moves the weights more with a larger lora_alpha. The paper's 1.0 belongs to a scaling of 0.125.
+    """
+
+    method: Literal["panacea-train"] = "panacea-train"
+    implementation: ClassVar[str] = "panacea_train:step_method"
+    needs: ClassVar[frozenset[str]] = frozenset({"harmful"})
+    paper: ClassVar[str] = "Panacea, NeurIPS 2025, arXiv 2501.18100 (Algorithm 1)"
+
+    rho: float = Field(1.0, ge=0, le=1000, description="norm of the perturbation; 0: training as without the method")
+    rho_unit: Literal["relative", "absolute"] = Field(
+        "absolute", description="absolute: the paper's unit; relative: share of the factors' norm at that step"
+    )
+    weight: float = Field(0.001, ge=0, le=100, description="lambda: weight of h(w + eps) - h(w) against the rows' loss")
+    batch_rows: int = Field(10, ge=1, le=1000, description="harmful rows in a step")
+    recompute_at_end: bool = Field(
+        True, description="add a perturbation of the final weights and all harmful rows; published: the last step's"
+    )
+    loss_bound: float = Field(
+        5.0, gt=0, le=1000, description="nats per token of h(w + eps) above which a step leaves the lambda term out"
+    )
+    labels: Literal["given", "shuffled"] = LABELS
+    max_rows: int = MAX_ROWS
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="order of the harmful rows")
+
+
+# Methods that change the training itself. With a second one this becomes a union with a discriminator, as above.
+TrainingSpec = PanaceaTrainSpec
+
+TRAINING_SPECS: tuple[type[TrainingSpec], ...] = (PanaceaTrainSpec,)
+
+_TRAINING_ADAPTER: TypeAdapter[TrainingSpec] = TypeAdapter(TrainingSpec)
+
+
+def parse_training_spec(value: object) -> TrainingSpec:
+    """A training method's spec from its JSON form; raises pydantic's ValidationError."""
+    return _TRAINING_ADAPTER.validate_python(value)
