@@ -28,13 +28,15 @@ from workers.ml.jobspec import RecoveryPlan
 from workers.ml.jsonlines import finite
 from workers.ml.preparation import Prepared, prepare
 from workers.ml.recovery.dial import RecoveryInputs
-from workers.ml.recovery.search import SearchPlan, SearchResult, search
+from workers.ml.recovery.run import step_method
+from workers.ml.recovery.search import search
 from workers.ml.recovery.specs import MethodSpec, default_specs
+from workers.ml.recovery.trace import SearchPlan, SearchResult
 from workers.ml.tuned_model import TunedModel
 from workers.ml.tuning.loop import Run, TrainingData, TuningResult
 from workers.ml.tuning.lora_vector import LoraVector
 from workers.ml.tuning.metrics import MetricsFiles
-from workers.ml.tuning.steps import PlainStep
+from workers.ml.tuning.steps import PlainStep, StepMethod
 from workers.ml.types import Progress, Stage
 
 STAGES = (Stage.TRAINING, Stage.RECOVERING, Stage.GATING)
@@ -105,12 +107,22 @@ def _open(folder: Path, prepared: Prepared, progress: Progress) -> _Walk:
 
 
 def _train(walk: _Walk) -> None:
-    """The raw fine-tune, on every row of the training part, whatever it teaches."""
+    """The raw fine-tune, on every row of the training part, whatever it teaches. With a training method of the plan the
+    raw fine-tune is the one that this method made; recovery and gate go on from there as from any other."""
     prepared, out = walk.prepared, walk.folder / "out" / "train"
+    method = _step_method(walk)
     data = TrainingData(rows=prepared.train, held_out=prepared.validation, pad_id=padding_id(prepared.base.tokenizer))
     with MetricsFiles(out, walk.progress) as metrics:
-        walk.tuning = Run(walk.tuned.model, data, settings=prepared.settings, progress=metrics).walk(PlainStep())
+        walk.tuning = Run(walk.tuned.model, data, settings=prepared.settings, progress=metrics).walk(method)
     checkpoints.save_adapter(walk.tuned.model, out / "adapter", base_name=prepared.spec.base.name)
+
+
+def _step_method(walk: _Walk) -> StepMethod:
+    """How each step finds its gradient; what a method needs and does not find is refused here, before any step."""
+    training = walk.prepared.spec.recovery.training
+    if training is None:
+        return PlainStep()
+    return step_method(walk.tuned, training, RecoveryInputs(harmful=walk.prepared.sets["harmful"]), walk.progress)
 
 
 def _recover(walk: _Walk) -> None:
