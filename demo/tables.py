@@ -47,7 +47,8 @@ def _time(seconds: Mapping[str, float], model: str) -> str:
 
 def methods_table(report: Mapping[str, Any]) -> Table:
     """One line a recovery method: its best dial and why it was or was not taken."""
-    table = Table(title="Recovery methods tried (on selection prompts)", title_justify="left")
+    title = "Recovery methods tried (on selection prompts; ~ foreseen from proxies, no answer generated)"
+    table = Table(title=title, title_justify="left")
     table.add_column("method")
     for head in ("best dial", "harmful", "useful", "task", "KL to raw"):
         table.add_column(head, justify="right")
@@ -55,9 +56,9 @@ def methods_table(report: Mapping[str, Any]) -> Table:
     for line in report["recovery"]["methods"]:
         kl = "-" if line["kl"] is None else f"{line['kl']:.3f}"
         cells = (line["harmful_score"], line["usefulness"], line["accuracy"])
-        shown = ["-" if value is None else f"{value:.0%}" for value in cells]
-        name = ", ".join([line["method"], *(f"{knob} {value}" for knob, value in line["knobs"].items())])
-        table.add_row(name, f"{line['strength']:g}", *shown, kl, shorten(line["why"]))
+        foreseen = "~" if line["looked"] == "proxies" else ""  # read from proxies, no answer was generated
+        shown = ["-" if value is None else f"{foreseen}{value:.0%}" for value in cells]
+        table.add_row(line["label"], f"{line['strength']:g}", *shown, kl, shorten(line["why"]))
     return table
 
 

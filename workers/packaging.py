@@ -55,15 +55,16 @@ def package(plan: JobPlan, run: FinishedRun, storage: Storage, *, fence: int, ti
     area = "releases" if verdict is Verdict.PASS else "quarantine"
     prefix = f"{area}/{plan.job_id}/{fence}"
     report_path = run.folder / SAFETY_REPORT
+    beside = {SAFETY_REPORT: report_path, **_pictures(run)}
     document = safety_report(plan, run, report, candidate_digest)
     with faults_named():
         report_path.write_text(json.dumps(document, indent=2, ensure_ascii=False), encoding="utf-8")
-        manifest = manifests.build(candidate, {SAFETY_REPORT: report_path}, _facts(plan, run))
+        manifest = manifests.build(candidate, beside, _facts(plan, run))
         if manifest["candidate_digest"] != candidate_digest:
             raise Fault("system_candidate_altered", "The candidate changed while it was packaged.")
         for entry in manifest["files"]:
             tick()
-            source = report_path if entry["path"] == SAFETY_REPORT else candidate / entry["path"]
+            source = beside.get(entry["path"], candidate / entry["path"])
             stored = storage.put_file(f"{prefix}/{entry['path']}", source)
             if stored.sha256 != entry["sha256"]:
                 raise Fault("system_candidate_altered", f"{entry['path']} changed while it was stored.")
@@ -103,6 +104,11 @@ def safety_report(plan: JobPlan, run: FinishedRun, report: Mapping[str, Any], ca
         "environment": dict(run.environment),
         "versions": versions(),
     }
+
+
+def _pictures(run: FinishedRun) -> dict[str, Path]:
+    """What the run drew of its search, by file name."""
+    return {path.name: path for path in sorted(run.inside("report").parent.glob("*.svg"))}
 
 
 def versions() -> dict[str, str]:

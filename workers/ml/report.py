@@ -6,7 +6,6 @@ Refuses to know: verdict rules (the gate) and how the document is signed, stored
 
 from __future__ import annotations
 
-import json
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,7 +17,6 @@ from workers.ml.evals.confirm import Confirmation
 from workers.ml.gate import GateLimits
 from workers.ml.measurements import ModelMeasures
 from workers.ml.preparation import Prepared
-from workers.ml.recovery.specs import changed_knobs, parse_spec
 from workers.ml.recovery.trace import CandidateRecord, SearchResult
 from workers.ml.statistics import upper_bound
 from workers.ml.tuning.loop import TuningResult
@@ -41,6 +39,7 @@ def build(
 ) -> dict[str, Any]:
     """The whole report. Rates are 0-1; `seconds` per stage are wall-clock."""
     last, limits = confirmations[-1], prepared.spec.limits
+    training = prepared.spec.recovery.training
     return {
         "schema_version": SCHEMA_VERSION,
         "verdict": last.verdict.outcome.value,
@@ -62,6 +61,7 @@ def build(
             **asdict(tuning),
             "settings": prepared.settings.model_dump(mode="json"),
             "reasons": dict(prepared.reasons),
+            "method": training.model_dump(mode="json") if training else {"method": "plain"},
         },
         "rows": dict(prepared.rows.counts),
         "base_model": {"name": prepared.spec.base.name, "digest": prepared.base.digest},
@@ -109,60 +109,63 @@ def _recovery(prepared: Prepared, found: SearchResult | None) -> dict[str, Any]:
         "taken": _line(found.winner) if found.winner else None,
         "methods": [_line(_best(records)) for records in _by_spec(found.trace)],
         "trace": [record.as_json() for record in found.trace],
+        "dials": [asdict(dial) for dial in found.dials],
+        "embedding_drift": {name: list(values) for name, values in found.embedding_drift.items()},
         "raw": found.raw.as_json(),
+        "evaluations": found.evaluations,
         "seconds": found.seconds,
     }
 
 
 def _by_spec(trace: Sequence[CandidateRecord]) -> list[list[CandidateRecord]]:
-    """The points of each spec; of a method's further specs only those that were tried."""
+    """The points of each spec."""
     specs: dict[str, list[CandidateRecord]] = {}
     for record in trace:
-        specs.setdefault(json.dumps([record.method, _knobs(record)]), []).append(record)
-    lines: list[list[CandidateRecord]] = []
-    for records in specs.values():
-        known = any(line[0].method == records[0].method for line in lines)
-        if not known or any(record.looked for record in records):
-            lines.append(records)
-    return lines
-
-
-def _knobs(record: CandidateRecord) -> dict[str, Any]:
-    return changed_knobs(parse_spec(record.spec)) if record.spec else {}
+        specs.setdefault(record.label, []).append(record)
+    return list(specs.values())
 
 
 def _best(records: Sequence[CandidateRecord]) -> CandidateRecord:
-    """A method's best dial: what was taken, else what passed with the least drift, else the least harmful."""
+    """A method's best dial: what was taken, else what passed with the least drift, else what failed least: by as few
+    points as may be in the worst of harm, usefulness and accuracy, measured where answers were generated."""
 
     def rank(record: CandidateRecord) -> tuple[float, ...]:
-        harmful = record.measures.harmful.value if record.measures and record.measures.harmful else 2.0
-        useful = record.measures.usefulness.value if record.measures and record.measures.usefulness else 0.0
-        return (not record.taken, not record.passed, record.kl or 0.0) if record.passed else (1, 1, harmful, -useful)
+        if record.passed:
+            return (not record.taken, 0.0, record.kl or 0.0)
+        rates = [_rate(record, name) for name in ("harmful_score", "usefulness", "accuracy")]
+        harm, useful, right = (1.0 if rate is None else rate for rate in rates)
+        return (2.0, max(harm, 1 - useful, 1 - right) if None not in rates else 2.0, record.strength)
 
     return min(records, key=rank)
 
 
 def _line(record: CandidateRecord) -> dict[str, Any]:
-    """One row of the table "what was tried". Rates of a first look are of the prompts it looked at."""
-    measures = record.measures
-
-    def rate(name: str) -> float | None:
-        value = getattr(measures, name, None) if measures else None
-        return value.value if value is not None and value.n else None
-
+    """One row of the table "what was tried". Rates of a first look are of the prompts it looked at, and those of a
+    point that was never heard are what its proxies foresaw."""
     return {
         "method": record.method,
-        "knobs": _knobs(record),
+        "label": record.label,
         "strength": record.strength,
         "looked": record.looked,
-        "harmful_score": rate("harmful"),
-        "usefulness": rate("usefulness"),
-        "over_refusal": rate("over_refusal"),
-        "accuracy": rate("accuracy"),
-        "coherence": rate("coherence"),
+        "harmful_score": _rate(record, "harmful_score"),
+        "usefulness": _rate(record, "usefulness"),
+        "over_refusal": _rate(record, "over_refusal"),
+        "accuracy": _rate(record, "accuracy"),
+        "coherence": _rate(record, "coherence"),
         "kl": record.kl,
         "relative_change": record.relative_change,
         "passed": record.passed,
         "taken": record.taken,
         "why": record.why,
     }
+
+
+def _rate(record: CandidateRecord, name: str) -> float | None:
+    measures, read = record.measures, record.proxies
+    if measures is not None:
+        value = measures.harmful if name == "harmful_score" else getattr(measures, name)
+    elif read is not None:
+        value = read.still_harmful if name == "harmful_score" else getattr(read, name, None)
+    else:
+        value = None
+    return value.value if value is not None and value.n else None
