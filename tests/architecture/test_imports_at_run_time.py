@@ -32,7 +32,9 @@ def test_a_supervising_process_starts_without_torch_and_without_the_web_framewor
     assert modules_after_import(module) & {*HEAVY, *WEB} == set()
 
 
-@pytest.mark.parametrize("module", ["workers.ml.types", "workers.ml.gate", "workers.ml.recovery.specs"])
+@pytest.mark.parametrize(
+    "module", ["workers.ml.types", "workers.ml.gate", "workers.ml.recovery.specs", "workers.ml.provider_sets"]
+)
 def test_the_library_opens_its_torch_free_doors(module: str) -> None:
     assert modules_after_import(module) & set(HEAVY) == set()
 

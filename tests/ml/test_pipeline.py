@@ -124,7 +124,8 @@ def test_a_row_of_the_provider_that_this_base_cannot_read_is_no_fault_of_the_cus
     make_job: MakeJob, turn: str, message: str
 ) -> None:
     folder = make_job()
-    row = {"id": "odd", "messages": [{"role": "user", "content": turn}], "group": "odd", "category": "remedy"}
+    asked = [{"role": "user", "content": turn}]
+    row = {"id": "odd", "messages": asked, "answer": "yes", "group": "odd", "category": "remedy"}
     with (folder / "sets" / "harmless_confirmation.jsonl").open("a") as stream:
         stream.write(json.dumps(row) + "\n")
     with pytest.raises(IntegrityError, match=f"'odd' of the data set 'harmless_confirmation'.*{message}"):

@@ -9,9 +9,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import itertools
-import json
 import random
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,8 @@ import torch
 
 from workers.ml.chat import EncodedRow
 from workers.ml.errors import InvalidRow, InvalidSetting, MissingInput
+from workers.ml.prompts import turns_key
+from workers.ml.strict_json import parse_object
 from workers.ml.types import ChatRow, Json, Message
 
 ROLES = frozenset({"system", "user", "assistant"})
@@ -79,24 +79,9 @@ def _parse_message(message: object, line: int | None) -> Message:
 
 def _parse_json(raw: bytes, line: int) -> Json:
     try:
-        row = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRow(f"Line {line} is not valid JSON: {error}", line, "training_file") from error
-    if not isinstance(row, dict):
-        raise InvalidRow(f"Line {line} is not a JSON object.", line, "training_file")
-    return row
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    # With a key given twice, the validator and the trainer could see different values.
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return found
-
-
-def _no_constant(name: str) -> object:
-    raise ValueError(f"{name} is not JSON")
+        return parse_object(raw)
+    except ValueError as error:
+        raise InvalidRow(f"Line {line} is {error}.", line, "training_file") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +93,6 @@ class Split:
 def prompt_key(row: ChatRow) -> str:
     """sha256 of the prompt: rows that ask the same have the same key."""
     return turns_key(row.prompt)
-
-
-def turns_key(turns: Sequence[Message]) -> str:
-    """sha256 of a conversation, blind to Unicode form and white space."""
-    plain = [[turn.role, " ".join(unicodedata.normalize("NFC", turn.content).split())] for turn in turns]
-    return hashlib.sha256(json.dumps(plain, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def split_rows(rows: Sequence[ChatRow], *, holdout: int | float, salt: str = "") -> Split:

@@ -1,66 +1,78 @@
-"""The provider's data sets as they lie beside a job: reading them, and what they may never share.
+"""The provider's data sets together: the seven roles, and what they may never share.
 
-Knows: the JSONL form of `PromptRow`, the seven roles, and that a prompt a candidate is measured on appears in
-nothing it was recovered or trained with.
-Refuses to know: who imported the sets and under which name and version.
+Knows: that a prompt a candidate is measured on appears in nothing it was recovered or trained with, in these words or
+in nearly these (`set_overlap`).
+Refuses to know: the form of a row (`prompt_rows`), and who imported the sets under which name and version.
+Standard library only, so that a gateway without torch refuses what a job would.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from workers.ml.data import turns_key
-from workers.ml.errors import IntegrityError, MissingInput
+from workers.ml.errors import IntegrityError
 from workers.ml.evals.sets import group_of
+from workers.ml.prompt_rows import SPLIT_OF, read_prompt_rows
+from workers.ml.prompts import turns_key
+from workers.ml.set_overlap import Overlap, find_overlaps, find_repeats
 from workers.ml.types import ChatRow, Message, PromptRow
 
-ROLES = (
-    "harmful",
-    "refusals",
-    "retention",
-    "harm_selection",
-    "harm_confirmation",
-    "harmless_selection",
-    "harmless_confirmation",
-)
-# Each row of a left set must be strange, by prompt and by group, to every row of the right ones.
+ROLES = tuple(SPLIT_OF)
+# Each row of a left set must be strange to every row of the right ones.
 APART: Mapping[str, tuple[str, ...]] = {
     "harm_selection": ("harmful", "refusals"),
     "harm_confirmation": ("harmful", "refusals", "harm_selection"),
     "harmless_selection": ("retention",),
     "harmless_confirmation": ("retention", "harmless_selection"),
 }
-
-
 # Their groups are counted as independent evidence, in parts that may share nothing.
 EVIDENCE = ("harm_selection", "harm_confirmation")
+NAMED_ROWS = 10  # pairs of ids named in one refusal; their number is always given
+
+
+@dataclass(frozen=True, slots=True)
+class SetOverlap:
+    """Rows of `role` that may not stand beside rows of `other`."""
+
+    role: str
+    other: str
+    overlaps: tuple[Overlap, ...]
+
+    def __str__(self) -> str:
+        """Ids and reasons, never a row's text."""
+        pairs = [f"{found.row.id!r} and {found.other.id!r} ({found.reason})" for found in self.overlaps[:NAMED_ROWS]]
+        more = f" and {len(self.overlaps) - NAMED_ROWS} more" if len(self.overlaps) > NAMED_ROWS else ""
+        named = ", ".join(pairs) + more
+        if self.role == self.other:
+            return (
+                f"{len(self.overlaps)} rows of {self.role!r} ask the same in different groups: {named}. A prompt "
+                "counts once: remove one of each pair, or give both the same group."
+            )
+        return (
+            f"{len(self.overlaps)} rows of {self.role!r} share a prompt or a group with {self.other!r}: {named}. What "
+            "a model is measured on must be strange to what it was repaired with or chosen by: remove them from one."
+        )
 
 
 def read_sets(folder: Path) -> dict[str, list[PromptRow]]:
     """Every role's rows. A missing set is a MissingInput, sets that overlap an IntegrityError."""
     sets = {role: read_prompt_rows(folder / f"{role}.jsonl", role) for role in ROLES}
-    for role in EVIDENCE:
-        _refuse_repeats(role, sets[role])
-    for role, others in APART.items():
-        for other in others:
-            _refuse_overlap(role, sets[role], other, sets[other])
+    for found in overlaps_of(sets):
+        raise IntegrityError(str(found), found.role)
     return sets
 
 
-def read_prompt_rows(path: Path, role: str) -> list[PromptRow]:
-    """The rows of one set, in the order of the file."""
-    if not path.is_file():
-        raise MissingInput(f"The policy's data set {role!r} is not beside the job.", role)
-    rows = []
-    for line, text in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if text.strip():
-            rows.append(_prompt_row(text, role, line))
-    if not rows:
-        raise MissingInput(f"The policy's data set {role!r} is empty.", role)
-    return rows
+def overlaps_of(sets: Mapping[str, Sequence[PromptRow]]) -> Iterator[SetOverlap]:
+    """Every pair of roles that should be apart and is not; a role with itself where its evidence repeats."""
+    for role in EVIDENCE:
+        if repeats := find_repeats(sets[role]):
+            yield SetOverlap(role, role, tuple(repeats))
+    for role, others in APART.items():
+        for other in others:
+            if overlaps := find_overlaps(sets[role], sets[other]):
+                yield SetOverlap(role, other, tuple(overlaps))
 
 
 def without_questions_of(
@@ -83,49 +95,3 @@ def without_questions_of(
 def _question(row: PromptRow) -> tuple[Message, ...]:
     """The last thing that is asked, whatever system prompt or conversation stands before it."""
     return tuple(message for message in row.messages if message.role == "user")[-1:]
-
-
-def _prompt_row(text: bytes, role: str, line: int) -> PromptRow:
-    try:
-        values: dict[str, Any] = json.loads(text)
-        messages = tuple(Message(str(m["role"]), str(m["content"])) for m in values["messages"])
-        if not messages:
-            raise ValueError("a row without a message")
-        return PromptRow(
-            id=str(values["id"]),
-            messages=messages,
-            answer=values.get("answer"),
-            group=str(values.get("group", "")),
-            category=str(values.get("category", "")),
-            slices=tuple(values.get("slices", ())),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise IntegrityError(f"Line {line} of the data set {role!r} is not a row: {error!r}", role) from error
-
-
-def _refuse_repeats(role: str, rows: Sequence[PromptRow]) -> None:
-    """One prompt in two groups would count twice, and could stand on both sides of a cut between groups."""
-    known: dict[str, PromptRow] = {}
-    for row in rows:
-        other = known.setdefault(_key(row), row)
-        if group_of(other) != group_of(row):
-            raise IntegrityError(
-                f"Rows {other.id!r} and {row.id!r} of {role!r} ask the same in different groups: a prompt counts once. "
-                "Remove one, or give both the same group.",
-                role,
-            )
-
-
-def _key(row: PromptRow) -> str:
-    return turns_key(row.messages)
-
-
-def _refuse_overlap(role: str, rows: Sequence[PromptRow], other: str, others: Sequence[PromptRow]) -> None:
-    groups, prompts = {group_of(row) for row in others}, {_key(row) for row in others}
-    shared = [row.id for row in rows if _key(row) in prompts or group_of(row) in groups]
-    if shared:
-        raise IntegrityError(
-            f"{len(shared)} rows of {role!r} (such as {shared[0]!r}) share a prompt or a group with {other!r}: "
-            "what a model is measured on must be strange to what it was repaired with.",
-            role,
-        )
