@@ -4,6 +4,7 @@ that was really aligned is shown end to end."""
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from typing import Any
 
 import pytest
 
+from tests.ml.conftest import write_base
 from workers.ml import pipeline
 from workers.ml.apothecary import shipped
 from workers.ml.digests import digest_folder
-from workers.ml.errors import BaseModelChanged, Cancelled, IntegrityError, InvalidRow
-from workers.ml.types import Silent
+from workers.ml.errors import BaseModelChanged, Cancelled, IntegrityError, InvalidRow, MissingInput
+from workers.ml.preparation import Prepared
+from workers.ml.types import Progress, Silent
 
 MakeJob = Callable[..., Path]
 FAST = [{"method": "scale-down", "dial": [0.5]}, {"method": "anchored-patch", "steps": 1, "dial": [1.0]}]
@@ -108,6 +111,41 @@ def test_a_fixed_strength_is_the_only_one_tried(make_job: MakeJob) -> None:
     assert [(one["method"], one["strength"]) for one in report["recovery"]["trace"]] == [("scale-down", 0.125)]
 
 
+def test_a_plan_with_a_training_method_trains_with_it_and_the_report_names_it(make_job: MakeJob) -> None:
+    training = {"method": "panacea-train", "rho": 0.5, "loss_bound": 1000}
+    folder = make_job(recovery={"mode": "none", "specs": [], "training": training})
+    report = report_of(folder, pipeline.run(folder, Silent()))
+    assert report["training"]["method"]["method"] == "panacea-train"
+    assert report["training"]["method"]["rho"] == 0.5
+    lines = [json.loads(line) for line in (folder / "out" / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == report["training"]["steps"], "the perturbation at the end is no training step"
+    assert {"harmful_loss", "harmful_loss_perturbed", "perturbation_norm"} <= set(lines[-1])
+
+
+def test_a_plan_without_a_training_method_trains_plainly_and_says_so(make_job: MakeJob) -> None:
+    folder = make_job(recovery={"mode": "none", "specs": []})
+    report = report_of(folder, pipeline.run(folder, Silent()))
+    assert report["training"]["method"] == {"method": "plain"}
+    lines = (folder / "out" / "train" / "metrics.jsonl").read_text().splitlines()
+    assert "harmful_loss" not in json.loads(lines[-1])
+
+
+def test_a_training_method_that_lacks_its_rows_is_refused_before_training(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_job(recovery={"training": {"method": "panacea-train"}})
+    plain = pipeline.prepare
+
+    def without_harmful(folder: Path, progress: Progress) -> Prepared:
+        prepared = plain(folder, progress)
+        return dataclasses.replace(prepared, sets={**prepared.sets, "harmful": []})
+
+    monkeypatch.setattr(pipeline, "prepare", without_harmful)
+    with pytest.raises(MissingInput, match="harmful"):
+        pipeline.run(folder, Silent())
+    assert not (folder / "out" / "train").exists()
+
+
 def test_a_second_run_in_the_same_folder_judges_nothing_of_the_first(make_job: MakeJob) -> None:
     folder = make_job()
     stale = folder / "out" / "recover" / "candidate-0"
@@ -158,6 +196,46 @@ def test_rows_over_the_context_are_all_named_and_none_is_cut(make_job: MakeJob) 
         pipeline.run(folder, Silent())
     assert (caught.value.line, caught.value.param) == (2, "training_file")
     assert not (folder / "out" / "train").exists()
+
+
+NEEDS_PRETRAINED: list[dict[str, Any]] = [{"method": "csulora", "strength": 1.0}]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"mode": "fixed", "specs": [*FAST, *NEEDS_PRETRAINED]},
+        {"mode": "auto", "specs": [*NEEDS_PRETRAINED, {"method": "safelora"}]},
+    ],
+)
+def test_a_plan_that_cannot_do_without_the_weights_before_alignment_is_refused_before_training(
+    make_job: MakeJob, plan: dict[str, Any]
+) -> None:
+    folder = make_job(recovery=plan)
+    with pytest.raises(MissingInput, match=r"csulora.*--pretrained FOLDER") as refused:
+        pipeline.run(folder, Silent())
+    assert refused.value.param == "pretrained"
+    assert not (folder / "out").exists()
+
+
+def test_in_auto_a_method_that_lacks_the_weights_before_alignment_is_passed_over(make_job: MakeJob) -> None:
+    folder = make_job(recovery={"mode": "auto", "specs": [*FAST, *NEEDS_PRETRAINED]})
+    trace = report_of(folder, pipeline.run(folder, Silent()))["recovery"]["trace"]
+    (record,) = [one for one in trace if one["method"] == "csulora"]
+    assert record["why"].startswith("not tried: ") and "before alignment" in record["why"]
+
+
+def test_weights_before_alignment_reach_the_method_and_their_bytes_are_checked(
+    make_job: MakeJob, tmp_path: Path, tiny_base_folder: Path
+) -> None:
+    pretrained = write_base(tmp_path / "pretrained", seed=1)
+    base = {"pretrained": str(pretrained), "pretrained_digest": digest_folder(pretrained).digest}
+    folder = make_job(recovery={"mode": "fixed", "specs": NEEDS_PRETRAINED}, base=base)
+    (record,) = report_of(folder, pipeline.run(folder, Silent()))["recovery"]["trace"]
+    assert record["method"] == "csulora" and record["measures"] is not None
+    (pretrained / "config.json").write_text("{}")
+    with pytest.raises(BaseModelChanged, match="before its alignment"):
+        pipeline.run(folder, Silent())
 
 
 def test_a_base_model_whose_bytes_changed_is_refused(make_job: MakeJob) -> None:

@@ -13,18 +13,23 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from workers.ml.gate import GateLimits
-from workers.ml.recovery.specs import RecoverySpec
+from workers.ml.recovery.specs import RecoverySpec, TrainingSpec
 from workers.ml.settings import Frozen, LoraSettings
 
 Auto = Literal["auto"]
 
 
 class BaseChoice(Frozen):
-    """The base model by folder and digest; the folder is checked against the digest when it is loaded."""
+    """The base model by folder and digest; the folder is checked against the digest when it is loaded.
+
+    `pretrained` holds its weights before alignment, where the provider registered them; checked before training.
+    """
 
     name: str
     path: Path
     digest: str
+    pretrained: Path | None = None
+    pretrained_digest: str | None = None
 
 
 class TuningRequest(Frozen):
@@ -45,12 +50,13 @@ class TuningRequest(Frozen):
 
 class RecoveryPlan(Frozen):
     """Which methods may be tried. `fixed` tries each spec at its own `strength` and nothing else; `none` gates the
-    raw fine-tune."""
+    raw fine-tune. `training` changes how the raw fine-tune itself is trained, in every mode."""
 
     mode: Literal["auto", "fixed", "none"] = "auto"
     specs: tuple[RecoverySpec, ...] = ()
     budget_seconds: float = Field(600.0, gt=0)
     budget_evaluations: int = Field(64, ge=1)
+    training: TrainingSpec | None = None
 
 
 class JudgeChoice(Frozen):

@@ -39,7 +39,6 @@ def build(
 ) -> dict[str, Any]:
     """The whole report. Rates are 0-1; `seconds` per stage are wall-clock."""
     last, limits = confirmations[-1], prepared.spec.limits
-    training = prepared.spec.recovery.training
     return {
         "schema_version": SCHEMA_VERSION,
         "verdict": last.verdict.outcome.value,
@@ -57,18 +56,24 @@ def build(
         "confirmations": [one.as_json() for one in confirmations],
         "limits": asdict(limits),
         "recovery": _recovery(prepared, found),
-        "training": {
-            **asdict(tuning),
-            "settings": prepared.settings.model_dump(mode="json"),
-            "reasons": dict(prepared.reasons),
-            "method": training.model_dump(mode="json") if training else {"method": "plain"},
-        },
+        "training": _training(prepared, tuning),
         "rows": dict(prepared.rows.counts),
         "base_model": {"name": prepared.spec.base.name, "digest": prepared.base.digest},
         "judge": {"name": prepared.judge.name, "digest": prepared.judge.digest},
         "seconds": dict(seconds),
         "resources": resources(),
         "limits_of_the_evaluation": list(LIMITS_OF_THE_EVALUATION),
+    }
+
+
+def _training(prepared: Prepared, tuning: TuningResult) -> dict[str, Any]:
+    """What was trained, with which settings, and by which method the raw fine-tune came about."""
+    method = prepared.spec.recovery.training
+    return {
+        **asdict(tuning),
+        "settings": prepared.settings.model_dump(mode="json"),
+        "reasons": dict(prepared.reasons),
+        "method": method.model_dump(mode="json") if method else {"method": "plain"},
     }
 
 

@@ -68,6 +68,18 @@ def test_a_job_may_narrow_the_plan_and_never_widen_it() -> None:
     assert refused.value.param == "recovery.method"
 
 
+def test_a_policys_training_method_stays_whatever_the_job_asks_for() -> None:
+    training = {"method": "panacea-train", "rho": 0.25}
+    policy = body(recovery={"training": training})
+    for wish in (AutoRecovery(), NoRecovery(), parse_spec({"method": "antidote"})):
+        plan = RecoveryPlan.model_validate(safety.plan_recovery(policy, wish).model_dump(mode="json"))
+        assert plan.training is not None
+        assert plan.training.rho == 0.25
+    assert safety.plan_recovery(body(), AutoRecovery()).training is None
+    with pytest.raises(ValidationError, match="training"):
+        body(recovery={"training": {"method": "panacea-train", "rho": -1}})
+
+
 def test_a_policy_that_lists_methods_offers_no_other() -> None:
     listing = body(recovery={"specs": [{"method": "antidote"}, {"method": "antidote", "max_rows": 5}]})
     assert safety.plan_recovery(listing, parse_spec({"method": "antidote"})).specs

@@ -17,7 +17,7 @@ from torch import Tensor
 from workers.ml.candidate import Candidate
 from workers.ml.errors import MissingInput, NumericError
 from workers.ml.evals.sets import group_of
-from workers.ml.recovery.specs import MethodSpec, method_name
+from workers.ml.recovery.specs import Spec, method_name
 from workers.ml.types import ChatRow, PromptRow
 
 
@@ -32,7 +32,7 @@ class RecoveryInputs:
     pretrained: Path | None = None  # folder of the base's weights before its alignment
     raw: Tensor | None = None  # the raw fine-tune, where a method starts from another point (compositions)
 
-    def require(self, spec: MethodSpec) -> None:
+    def require(self, spec: Spec) -> None:
         """Raises MissingInput for the first declared need that is empty. `aligned` is the base with the adapter off."""
         for need in sorted(spec.required_inputs() - {"aligned"}):
             if not getattr(self, need):

@@ -1,4 +1,4 @@
-"""Finds a method's implementation and runs it: one path from a spec to a candidate and its report.
+"""Finds a method's implementation and runs it: one path from a spec to a candidate and its report, one to a training.
 
 Knows: the registry's implementation strings, and that a failed or cancelled recovery leaves the raw adapter in place.
 Refuses to know: what any method does, and which strength is right (`search.py`).
@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 from workers.ml.candidate import Candidate
 from workers.ml.recovery.deltas import relative_change
 from workers.ml.recovery.dial import RecoveryInputs, RecoveryReport, StrengthPath
-from workers.ml.recovery.specs import MethodSpec, method_name
+from workers.ml.recovery.specs import MethodSpec, Spec, TrainingSpec, method_name
 from workers.ml.tuned_model import TunedModel
+from workers.ml.tuning.steps import StepMethod
 from workers.ml.types import Progress
 
 Prepare = Callable[[TunedModel, MethodSpec, RecoveryInputs, Progress], StrengthPath]
@@ -23,9 +25,20 @@ Prepare = Callable[[TunedModel, MethodSpec, RecoveryInputs, Progress], StrengthP
 
 def load_method(spec: type[MethodSpec]) -> Prepare:
     """The `prepare` function that a spec's `implementation` names."""
-    module, function = spec.implementation.split(":")
-    prepare: Prepare = getattr(import_module(f"workers.ml.recovery.methods.{module}"), function)
+    prepare: Prepare = _implementation(spec)
     return prepare
+
+
+def _implementation(spec: type[Spec]) -> Any:
+    module, function = spec.implementation.split(":")
+    return getattr(import_module(f"workers.ml.recovery.methods.{module}"), function)
+
+
+def step_method(tuned: TunedModel, spec: TrainingSpec, inputs: RecoveryInputs, progress: Progress) -> StepMethod:
+    """How a training method finds the gradient of each step. Raises MissingInput before anything is trained."""
+    inputs.require(spec)
+    method: StepMethod = _implementation(type(spec))(tuned, spec, inputs, progress)
+    return method
 
 
 def prepare(tuned: TunedModel, spec: MethodSpec, inputs: RecoveryInputs, progress: Progress) -> StrengthPath:
