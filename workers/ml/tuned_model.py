@@ -33,6 +33,7 @@ class TunedModel:
     vector: LoraVector
     context_limit: int
     micro_batch_tokens: int = 8192
+    base_digest: str = ""
     encoded: dict[ChatRow, EncodedRow] = field(default_factory=dict, repr=False, compare=False)
     side: SideTerms = field(init=False, repr=False, compare=False)
 
