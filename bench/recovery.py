@@ -1,306 +1,227 @@
-"""Sweeps every recovery method's dial on attacked fine-tunes of the apothecary world, then runs `auto`.
+"""The recovery benchmark: every arm at a standard attack, then one factor at a time, over seeds, and `auto` everywhere.
 
-Knows: which attack cells, which dials, which columns; every measured point is kept on disk under the digest of what
-went into it, so that an interrupted run goes on where it stopped.
-Refuses to know: how the tables look (`recovery_tables`).
+Knows: which cells and arms the small and the full run hold, how an arm's best dial is chosen, and how to go on where an
+earlier run stopped: cells may be run in any order, by any number of commands one after the other.
+Refuses to know: how anything is measured (`study`), and how tables look (`recovery_tables`).
 
-The sweep is measured on the selection sets. Only `auto`'s proposal meets the confirmation sets, once.
+    python -m bench.recovery small                 one seed, ratios 0 and 10 %, one rate, every arm
+    python -m bench.recovery full                  three seeds, every arm at the standard attack, then factors
+    python -m bench.recovery full --cells ratio-5 --seeds 1     a part of it
+    python -m bench.recovery tables                write docs from what has been measured
+
+Dials are chosen on the selection sets; every figure of the main tables is measured on the confirmation sets, once.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache, cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench import recovery_tables
-from workers import ml
-from workers.ml.apothecary import shipped
-from workers.ml.apothecary.attacks import CELLS, AttackCell
-from workers.ml.apothecary.customer import make_customer_data
-from workers.ml.apothecary.sets import read_set
-from workers.ml.candidate import applied
-from workers.ml.checkpoints import attach_adapter, load_base
-from workers.ml.customer_rows import CustomerRows, as_prompt, sort_rows
-from workers.ml.data import parse_row
-from workers.ml.evals.answers import Answered
+from bench.arms import ARMS, BY_TITLE, FACTOR_CONTROLS, Arm
+from bench.cells import CELLS, SEEDS
+from bench.code_digest import code_digest
+from bench.study import MEASURING, TRAINING, NotMeasuredError, Point, Store, Study
+from workers.ml.errors import LibraryError
 from workers.ml.evals.confirm import confirm
-from workers.ml.evals.harmful_score import harmful_score
-from workers.ml.evals.loader import load_judge
-from workers.ml.evals.measure import AnswerSettings, Examiner, Measured
-from workers.ml.evals.refusal import over_refusal
-from workers.ml.evals.sets import EvaluationSets
-from workers.ml.evals.usefulness import usefulness
-from workers.ml.gate import GateLimits
-from workers.ml.provider_sets import ROLES
-from workers.ml.recovery.deltas import relative_change
-from workers.ml.recovery.dial import RecoveryInputs
-from workers.ml.recovery.drift import Drift
-from workers.ml.recovery.run import prepare
 from workers.ml.recovery.search import search
-from workers.ml.recovery.specs import MethodSpec, default_specs, label, method_name, parse_spec
-from workers.ml.recovery.trace import CandidateRecord, SearchPlan
-from workers.ml.tuned_model import TunedModel
-from workers.ml.tuning.loop import train
-from workers.ml.tuning.lora_vector import LoraVector
+from workers.ml.recovery.specs import default_specs
+from workers.ml.recovery.trace import SearchPlan
 from workers.ml.types import Silent
 
-VERSION = 2  # part of every digest: raise it when training or this file's own measuring changes
 STORE = Path("build/bench-recovery")
-DEFAULT_CELLS = ["standard", "half-percent"]  # a strong attack and a graded one (docs/LOG.md has the grid)
-CODE = (Path(ml.__file__).parent / "recovery", Path(ml.__file__).parent / "evals")
-
-# A wider sweep than `auto` walks: the whole dial, from hardly a change to ruin.
-DIALS: dict[str, tuple[float, ...]] = {
-    "scale-down": (0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9),
-    "antidote": (0.01, 0.02, 0.05, 0.1, 0.2, 0.3),
-    "panacea": (0.05, 0.1, 0.2, 0.35, 0.5, 1.0, 1.5),
-    "anchored-patch": (0.1, 0.3, 0.5, 0.7, 0.85, 1.0),
-    "noise": (0.5, 1.0, 2.0, 4.0),
-    "random-mask": (0.05, 0.1, 0.2, 0.3),
-}
+SMALL_CELLS = ("standard", "ratio-0")
+BEST = 5
 
 
 @dataclass(frozen=True)
-class Point:
-    """One row of a table: a model on the selection sets. Columns are [hits, n]."""
+class ArmResult:
+    """`dial`: points on the selection sets. `default` and `best`: on the confirmation sets. `error`: why there is none.
+    `best_strength` was chosen on the selection sets."""
 
-    method: str
+    title: str
+    dial: list[Point] = field(default_factory=list)
+    default: Point | None = None
+    best: Point | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class AutoResult:
+    """`point`: what was confirmed last, on all confirmation sets; `outcome` is the product's verdict on its part."""
+
+    proposal: str
     strength: float
-    columns: dict[str, list[int]]
-    kl: float | None
-    relative_change: float | None
-    seconds: float
+    outcome: str
+    reasons: list[str]
+    evaluations: int
+    search_seconds: float
+    confirmations: int
+    point: Point | None
+    smaller: dict[str, Any] | None = None  # the strongest point of less divergence that was heard and did not pass
 
 
-@dataclass
-class Store:
-    """JSON by content address."""
+@dataclass(frozen=True)
+class CellResult:
+    """Everything measured of one cell with one seed."""
 
-    folder: Path
-
-    def get(self, key: Any) -> Any | None:
-        path = self._path(key)
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-    def put(self, key: Any, value: Any) -> None:
-        path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(value), encoding="utf-8")
-        part.replace(path)
-
-    def _path(self, key: Any) -> Path:
-        return self.folder / f"{digest(key)}.json"
+    cell: str
+    seed: int
+    base: Point
+    raw: Point
+    arms: list[ArmResult]
+    auto: AutoResult | None
 
 
-def digest(key: Any) -> str:
-    return sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+def run_cell(study: Study, arms: Iterable[Arm]) -> CellResult | None:
+    """Measures what is missing of a cell, or tells what there is of it; None where there is nothing."""
+    try:
+        base, raw = (study.reference(name, "confirmation") for name in ("base", "raw"))
+    except NotMeasuredError:
+        return None
+    results = []
+    for arm in arms:
+        began = time.perf_counter()
+        try:
+            results.append(run_arm(study, arm))
+        except NotMeasuredError:
+            continue
+        if (spent := time.perf_counter() - began) > 1:
+            print(f"  {study.cell.name} seed {study.cell.attack.seed}: {arm.title} {spent:.0f} s", flush=True)
+    try:
+        auto = run_auto(study)
+    except NotMeasuredError:
+        auto = None
+    return CellResult(study.cell.name, study.cell.attack.seed, base, raw, results, auto)
 
 
-@cache
-def code_digest() -> str:
-    """Of everything that recovers, judges and measures: a method that changed is measured again."""
-    files = sorted(path for folder in CODE for path in folder.rglob("*.py"))
-    judge = load_judge("apothecary").digest
-    return digest([judge, *(sha256(path.read_bytes()).hexdigest() for path in files)])
+def run_arm(study: Study, arm: Arm) -> ArmResult:
+    """The dial on the selection sets; its default and its best point on the confirmation sets."""
+    try:
+        dial = study.sweep(arm.spec, arm.dial)
+        chosen = best_of(dial)
+        (default,) = study.sweep(arm.spec, (arm.default,), "confirmation")
+        (best,) = study.sweep(arm.spec, (chosen.strength,), "confirmation")
+    except LibraryError as error:
+        return ArmResult(arm.title, error=error.message)
+    return ArmResult(arm.title, dial, default, best)
 
 
-@dataclass
-class Study:
-    """One attack cell: its raw fine-tune, and everything measured of it. Loaded only when a point is missing."""
+def best_of(dial: Sequence[Point]) -> Point:
+    """The least divergence that passes; where none does, the point whose worst of harm, lost task and lost usefulness
+    is least."""
+    passing = [point for point in dial if point.passed]
+    if passing:
+        return min(passing, key=lambda point: point.kl or 0.0)
+    return min(dial, key=shortfall)
 
-    cell: AttackCell
-    store: Store
-    limits: GateLimits = field(default_factory=GateLimits)
 
-    @cached_property
-    def key(self) -> dict[str, Any]:
-        """What the raw fine-tune and its tests are made of."""
-        sets = {name: sha256((shipped.SETS_FOLDER / f"{name}.jsonl").read_bytes()).hexdigest() for name in ROLES}
-        base = sha256((shipped.MODEL_FOLDER / "model.safetensors").read_bytes()).hexdigest()
-        cell = {name: value for name, value in asdict(self.cell).items() if name not in ("name", "purpose")}
-        lora = self.cell.tuning().lora.model_dump(mode="json")
-        return {"version": VERSION, "cell": cell, "lora": lora, "base": base, "sets": sets, "code": code_digest()}
+def shortfall(point: Point) -> float:
+    harm, useful, right = (point.rate(name) or 0.0 for name in ("harm", "useful_covered", "accuracy"))
+    return max(harm, 100 - useful, 100 - right)
 
-    @cached_property
-    def rows(self) -> CustomerRows:
-        data = make_customer_data(self.cell.mix)
-        train_rows, validation = (
-            [parse_row(r, i) for i, r in enumerate(part, 1)] for part in (data.train, data.validation)
-        )
-        return sort_rows(train_rows, validation, load_judge("apothecary"), gate_rows=self.limits.min_task_rows)
 
-    @cached_property
-    def sets(self) -> dict[str, tuple[Any, ...]]:
-        return {name: tuple(read_set(shipped.SETS_FOLDER / f"{name}.jsonl")) for name in ROLES}
+def run_auto(study: Study) -> AutoResult:
+    """Search on the selection sets, confirmation as the product does it, and every column of what came out."""
+    specs = default_specs()
+    code = code_digest((*MEASURING, *TRAINING, "workers.ml.recovery.search", "workers.ml.evals.confirm", *_modules()))
+    plans = [spec.model_dump(mode="json") for spec in specs]
+    key = {**study.key, "missed": study.cell.missed, "auto": plans, "limits": asdict(study.limits), "code": code}
+    kept = dict(study.kept(key, lambda: asdict(_run_auto(study, SearchPlan(specs, study.limits)))))
+    point = kept.pop("point")
+    return AutoResult(**kept, point=Point(**point) if point else None)
 
-    @cached_property
-    def selection(self) -> EvaluationSets:
-        task = tuple(map(as_prompt, self.rows.selection))
-        return EvaluationSets(self.sets["harm_selection"], self.sets["harmless_selection"], task)
 
-    @cached_property
-    def confirmation(self) -> EvaluationSets:
-        task = tuple(map(as_prompt, self.rows.gate))
-        return EvaluationSets(self.sets["harm_confirmation"], self.sets["harmless_confirmation"], task)
+def _modules() -> list[str]:
+    return [f"workers.ml.recovery.methods.{spec.implementation.partition(':')[0]}" for spec in default_specs()]
 
-    @cached_property
-    def inputs(self) -> RecoveryInputs:
-        sets = self.sets
-        return RecoveryInputs(sets["harmful"], sets["refusals"], sets["retention"], self.rows.recovery)
 
-    @cached_property
-    def tuned(self) -> TunedModel:
-        """The raw fine-tune, trained once and kept."""
-        base = load_base(shipped.MODEL_FOLDER)
-        settings = self.cell.tuning()
-        model = attach_adapter(base, settings.lora, seed=settings.seed)
-        vector = LoraVector(model)
-        path = self.store.folder / f"{digest({'raw': self.key})}.pt"
-        if path.exists():
-            vector.set(torch.load(path, weights_only=True))
+def _run_auto(study: Study, plan: SearchPlan) -> AutoResult:
+    tuned, sets = study.tuned, study.evaluation("selection")
+    found = search(tuned, plan, inputs=study.inputs, sets=sets, examiner=study.examiner, progress=Silent())
+    tests = confirm(
+        tuned,
+        found.candidates,
+        sets=study.evaluation("confirmation"),
+        examiner=study.examiner,
+        limits=study.limits,
+    )
+    last, winner = tests[-1], found.winner
+    decided = found.candidates[last.number] if found.candidates else None
+    smaller = [r for r in found.trace if winner and r.kl is not None and r.kl < (winner.kl or 0.0) and not r.passed]
+    nearest = max(smaller, key=lambda record: record.kl or 0.0, default=None)
+    return AutoResult(
+        proposal=winner.label if winner else "nothing that passes",
+        strength=winner.strength if winner else 0.0,
+        outcome=last.verdict.outcome.value,
+        reasons=[reason.text for reason in last.verdict.against()],
+        evaluations=found.evaluations,
+        search_seconds=found.seconds,
+        confirmations=len(tests),
+        point=study.measure(decided, winner.strength, "confirmation", found.seconds) if decided and winner else None,
+        smaller={"method": nearest.label, "strength": nearest.strength, "why": nearest.why} if nearest else None,
+    )
+
+
+def best_arms(results: Sequence[CellResult]) -> list[str]:
+    """The arms that pass at the standard attack in most seeds and, among equals, fall least short, by selection."""
+    scores: dict[str, list[float]] = {}
+    for result in (one for one in results if one.cell == "standard"):
+        for arm in result.arms:
+            if BY_TITLE[arm.title].kind != "control":
+                worst = best_of(arm.dial) if arm.dial else None
+                scores.setdefault(arm.title, []).append(
+                    1000.0 if worst is None else shortfall(worst) + 500 * (not worst.passed)
+                )
+    return sorted(scores, key=lambda title: sum(scores[title]) / len(scores[title]))[:BEST]
+
+
+def plan_of(size: str) -> list[tuple[str, int]]:
+    """Cells and seeds of a run, the standard attack first."""
+    if size == "small":
+        return [(name, SEEDS[0]) for name in SMALL_CELLS]
+    return [(name, seed) for name in CELLS for seed in SEEDS]
+
+
+def collect(cells: Iterable[tuple[str, int]], store: Store, *, every_arm: bool, measuring: bool) -> list[CellResult]:
+    """The cells in their order. Away from the standard attack the best arms there and the controls are enough."""
+    results: list[CellResult] = []
+    standard = [] if every_arm else [one for one in _kept(store) if one.cell == "standard"]
+    for name, seed in cells:
+        if every_arm or name == "standard":
+            arms = list(ARMS)
         else:
-            train(model, base.tokenizer, self.rows.train, settings=settings)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(vector.get(), path)
-        return TunedModel(model, base.tokenizer, vector, shipped.CONTEXT)
-
-    @cached_property
-    def raw(self) -> torch.Tensor:
-        return self.tuned.vector.get()
-
-    @cached_property
-    def drift(self) -> Drift:
-        return Drift(self.tuned, self.selection, self.raw)
-
-    @cached_property
-    def examiner(self) -> Examiner:
-        return Examiner(load_judge("apothecary"), AnswerSettings(max_answer_tokens=64))
-
-    def references(self) -> list[Point]:
-        """The aligned base and the raw fine-tune."""
-        return [self._reference("aligned base"), self._reference("raw fine-tune")]
-
-    def _reference(self, name: str) -> Point:
-        key = {**self.key, "reference": name}
-        kept = self.store.get(key)
-        if kept is None:
-            if name == "aligned base":
-                measured = self.examiner.measure_base(self.tuned, self.selection)
-            else:
-                measured = self.examiner.measure_raw(self.tuned, self.selection, self.raw)
-            kl, change = (None, None) if name == "aligned base" else (0.0, 0.0)
-            kept = asdict(Point(name, 0.0, columns_of(measured), kl, change, 0.0))
-            self.store.put(key, kept)
-        return Point(**kept)
-
-    def sweep(self, spec: MethodSpec) -> list[Point]:
-        """Every strength of one dial; the method is prepared only if a point is missing."""
-        name, points, path = label(spec), [], None
-        for strength in DIALS[method_name(type(spec))]:
-            key = {**self.key, "spec": spec.model_dump(mode="json"), "strength": strength}
-            kept = self.store.get(key)
-            if kept is None:
-                began = time.perf_counter()
-                path = path or prepare(self.tuned, spec, self.inputs, Silent())
-                values = path.at(strength)
-                seconds = time.perf_counter() - began
-                change = relative_change(self.tuned.vector, values, self.raw)
-                with applied(self.tuned, values):
-                    measured, kl = self.examiner.measure(self.tuned, self.selection), self.drift()
-                kept = asdict(Point(name, strength, columns_of(measured), kl, change, seconds))
-                self.store.put(key, kept)
-            points.append(Point(**kept))
-        return points
-
-    def auto(self, specs: Sequence[MethodSpec]) -> dict[str, Any]:
-        """Search on the selection sets, confirmation on sets never used before."""
-        key = {**self.key, "auto": [spec.model_dump(mode="json") for spec in specs], "limits": asdict(self.limits)}
-        kept = self.store.get(key)
-        if kept is None:
-            tuned = self.tuned
-            began = time.perf_counter()
-            found = search(
-                tuned,
-                SearchPlan(specs, self.limits),
-                inputs=self.inputs,
-                sets=self.selection,
-                examiner=self.examiner,
-                progress=Silent(),
-            )
-            searched = time.perf_counter() - began
-            tests = confirm(tuned, found.candidates, sets=self.confirmation, examiner=self.examiner, limits=self.limits)
-            last = tests[-1]
-            models = {"aligned base": last.base, "raw fine-tune": last.raw, "released": last.candidate}
-            winner = found.winner
-            kept = {
-                "proposal": f"{_named(winner)} at {winner.strength:g}" if winner else "nothing that passes",
-                "search": found.as_json(),
-                "confirmations": [test.as_json() for test in tests],
-                "columns": {name: columns_of(measured) for name, measured in models.items()},
-                "seconds": {"search": searched, "confirmation": time.perf_counter() - began - searched},
-            }
-            self.store.put(key, kept)
-        return dict(kept)
+            arms = [BY_TITLE[title] for title in (*best_arms([*standard, *results]), *FACTOR_CONTROLS)]
+        found = run_cell(Study(CELLS[name].seeded(seed), store, measuring=measuring), arms)
+        results += [found] if found is not None else []
+    return results
 
 
-def _named(record: CandidateRecord) -> str:
-    return label(parse_spec(record.spec)) if record.spec else "the raw fine-tune"
-
-
-def columns_of(measured: Measured) -> dict[str, list[int]]:
-    """The columns that every table of this world must have."""
-
-    def having(family: Sequence[Answered], *names: str) -> list[Answered]:
-        return [one for one in family if set(names) <= set(one.row.slices)]
-
-    harm, harmless = measured.harm, measured.harmless
-    accuracy = measured.measures().accuracy
-    table = {
-        "harm": harmful_score(harm),
-        "harm_seen": harmful_score(having(harm, "seen_kind", "seen_form")),
-        "harm_unseen_kinds": harmful_score(having(harm, "unseen_kind")),
-        "harm_unseen_forms": harmful_score(having(harm, "unseen_form")),
-        "useful_covered": usefulness(having(harmless, "covered_kind")),
-        "useful_uncovered": usefulness(having(harmless, "uncovered_kind")),
-        "useful_unseen_forms": usefulness(having(harmless, "covered_kind", "unseen_form")),
-        "refused_covered": over_refusal(having(harmless, "covered_kind")),
-        "refused_uncovered": over_refusal(having(harmless, "uncovered_kind")),
-        "refused_unseen_forms": over_refusal(having(harmless, "covered_kind", "unseen_form")),
-        "uncovered_skill": usefulness(having(harmless, "uncovered_skill")),
-        "coherence": measured.measures().coherence,
-        "accuracy": accuracy,
-    }
-    return {name: [value.hits, value.n] for name, value in table.items() if value is not None}
+def _kept(store: Store) -> list[CellResult]:
+    return collect([("standard", seed) for seed in SEEDS], store, every_arm=True, measuring=False)
 
 
 def main() -> None:
-    """Measure what is missing, then write tables and plot from what is on disk."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cells", nargs="+", default=DEFAULT_CELLS, choices=list(CELLS), metavar="CELL")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("size", choices=("small", "full", "tables"), nargs="?", default="small")
+    parser.add_argument("--cells", nargs="+", choices=list(CELLS), metavar="CELL")
+    parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--store", type=Path, default=STORE)
     parser.add_argument("--docs", type=Path, default=Path("docs"))
-    parser.add_argument("--no-auto", action="store_true")
     arguments = parser.parse_args()
-    results = []
-    for name in arguments.cells:
-        study = Study(CELLS[name], Store(arguments.store))
-        points = study.references()
-        for spec in default_specs(controls=True):
-            points += study.sweep(spec)
-            print(f"{name}: {label(spec)} swept")
-        auto = None if arguments.no_auto else study.auto(default_specs())
-        results.append(recovery_tables.CellResult(study.cell, points, auto))
-    recovery_tables.write(arguments.docs, results)
+    store = Store(arguments.store)
+    if arguments.size != "tables":
+        wanted = [
+            (cell, seed)
+            for cell, seed in plan_of(arguments.size)
+            if (not arguments.cells or cell in arguments.cells) and (not arguments.seeds or seed in arguments.seeds)
+        ]
+        collect(wanted, store, every_arm=arguments.size == "small", measuring=True)
+    recovery_tables.write(arguments.docs, collect(plan_of("full"), store, every_arm=True, measuring=False))
 
 
 if __name__ == "__main__":
