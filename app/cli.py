@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from app import setup, telemetry
-from app.commands import base_models, files, jobs, keys, models
+from app.commands import base_models, files, jobs, keys, models, policies, sets
 from app.commands.output import fail
 from app.commands.up import up as run_up
 from app.settings import Settings, get_settings
@@ -31,6 +31,8 @@ cli.add_typer(files.commands, name="files")
 cli.add_typer(jobs.commands, name="jobs")
 cli.add_typer(models.commands, name="models")
 cli.add_typer(base_models.commands, name="base-models")
+cli.add_typer(sets.commands, name="sets")
+cli.add_typer(policies.commands, name="policies")
 cli.add_typer(keys.commands, name="keys")
 
 Host = Annotated[str | None, typer.Option(help="address to listen on; default THERIAC_GATEWAY__HOST or 127.0.0.1")]

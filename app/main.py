@@ -64,7 +64,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_exception_handler(DBAPIError, _database_error)
-    app.add_middleware(BodyLimit, max_bytes=settings.gateway.max_body_bytes, exempt={("POST", "/v1/files")})
+    streamed = {("POST", "/v1/files"), ("POST", "/v1/admin/provider-sets")}  # they have limits of their own
+    app.add_middleware(BodyLimit, max_bytes=settings.gateway.max_body_bytes, exempt=streamed)
     app.add_middleware(RequestScope)
     return app
 

@@ -7,17 +7,34 @@ Refuses to know: what the figures mean.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
+from starlette.concurrency import run_in_threadpool
 
-from app.accounts.dependencies import Reading, Writing, get_operator
+from app.accounts.dependencies import Database, ObjectStore, Reading, Writing, get_operator
 from app.accounts.keys import OPERATOR_PREFIX
 from app.accounts.service import Operator
+from app.admin import provider_data
 from app.admin import service as admin
-from app.admin.schemas import JobDetail, Overview, Queue, Reason, ReleaseView, ReviewDecision
+from app.admin.receiving import received
+from app.admin.schemas import (
+    JobDetail,
+    Overview,
+    PolicyList,
+    PolicyObject,
+    ProviderSetList,
+    ProviderSetObject,
+    Queue,
+    Reason,
+    ReleaseView,
+    ReviewDecision,
+)
 from app.errors import NotFound, Unauthorized
 from app.releases import service as releases
+from app.safety.library import MAX_SET_BYTES
+from app.safety.provider_sets import NewSet
+from app.safety.schemas import NAME, PolicyDraft, SetRole
 
 
 def require_operator(request: Request) -> Operator:
@@ -33,6 +50,15 @@ def require_operator(request: Request) -> Operator:
 
 
 CurrentOperator = Annotated[Operator, Depends(require_operator)]
+After = Annotated[str | None, Query(max_length=64)]
+Limit = Annotated[int, Query(ge=1, le=100)]
+SET_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": f"JSONL, one row a line, at most {MAX_SET_BYTES:,} bytes.",
+        "content": {"application/jsonl": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
 router = APIRouter(prefix="/admin", tags=["provider"], dependencies=[Depends(require_operator)])
 
 
@@ -78,3 +104,46 @@ def resume(release_id: str, body: Reason, session: Writing) -> ReleaseView:
 def revoke(release_id: str, body: Reason, session: Writing) -> ReleaseView:
     """Stop downloads of a release for good."""
     return admin.release_view(releases.revoke(session, release_id, body.reason))
+
+
+@router.post("/provider-sets", response_model=ProviderSetObject, openapi_extra=SET_BODY)
+async def import_set(
+    request: Request,
+    operator: CurrentOperator,
+    engine: Database,
+    storage: ObjectStore,
+    name: Annotated[str, Query(pattern=NAME, description="a name that exists in this role gets a new version")],
+    role: Annotated[SetRole, Query()],
+) -> ProviderSetObject:
+    """Import a provider set: every row is checked before one is kept. The same bytes are the same version."""
+    new = NewSet(name, role, imported_by=operator.name)
+    async with received(request, max_bytes=MAX_SET_BYTES) as path:
+        return await run_in_threadpool(provider_data.import_set, engine, storage, path, new)
+
+
+@router.get("/provider-sets", response_model=ProviderSetList)
+def list_sets(
+    session: Reading, role: Annotated[SetRole | None, Query()] = None, after: After = None, limit: Limit = 20
+) -> ProviderSetList:
+    """List provider sets, newest first: names, versions, digests and counts, never rows."""
+    return provider_data.list_sets(session, role=role, after=after, limit=limit)
+
+
+@router.get("/provider-sets/{set_id}", response_model=ProviderSetObject)
+def retrieve_set(set_id: str, session: Reading) -> ProviderSetObject:
+    """Look at one provider set: name, version, digest and counts, never rows."""
+    return provider_data.get_set(session, set_id)
+
+
+@router.post("/policies", response_model=PolicyObject)
+def publish_policy(
+    draft: PolicyDraft, operator: CurrentOperator, engine: Database, storage: ObjectStore
+) -> PolicyObject:
+    """Publish a safety policy: a new version, used by jobs created from now on. Sets that overlap are refused."""
+    return provider_data.publish_policy(engine, storage, draft, published_by=operator.name)
+
+
+@router.get("/policies", response_model=PolicyList)
+def list_policies(session: Reading, after: After = None, limit: Limit = 20) -> PolicyList:
+    """List every version of every safety policy, newest first."""
+    return provider_data.list_policies(session, after=after, limit=limit)

@@ -106,3 +106,53 @@ class Reason(BaseModel):
 
 class ReviewDecision(Reason):
     decision: Literal["approve", "reject"]
+
+
+class ProviderSetObject(BaseModel):
+    """What is known of a provider set. Its rows are in no answer of this service."""
+
+    object: Literal["provider_set"] = "provider_set"
+    id: str
+    name: str
+    role: str
+    split: str = Field(description="the part of a job that sees the rows: recovery, selection or confirmation")
+    version: int
+    sha256: str = Field(description="of the imported file")
+    rows: int
+    groups: int | None = Field(
+        description="pieces of independent evidence; 0: the rows carry no group, each is its own"
+    )
+    categories: dict[str, int] | None = Field(description="rows by category; empty where the rows carry none")
+    imported_by: str | None = Field(description="an operator key's name; null for what ships with the product")
+    created_at: int
+
+
+class ProviderSetList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ProviderSetObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class PolicyObject(BaseModel):
+    """One version of a policy. `body` never changes; `digest` is of the body."""
+
+    object: Literal["safety.policy"] = "safety.policy"
+    id: str
+    name: str
+    version: int
+    base_model: str | None = Field(description="null: for any base model")
+    digest: str
+    active: bool
+    published_by: str | None = Field(description="an operator key's name; null for what ships with the product")
+    created_at: int
+    body: dict[str, Any]
+
+
+class PolicyList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[PolicyObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool

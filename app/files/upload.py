@@ -181,7 +181,7 @@ async def receive(
     key = storage_key(project_id, file_id)
     async with storage.writer(key) as writer:
         received = 0
-        async for chunk in _within(body, idle_seconds):
+        async for chunk in unless_silent(body, idle_seconds):
             received += len(chunk)
             if received > max_bytes + FORM_OVERHEAD_BYTES:
                 raise too_large(max_bytes)
@@ -197,7 +197,8 @@ async def receive(
     return Upload(new, StoredObject(key, writer.bytes, writer.sha256))
 
 
-async def _within(body: AsyncIterator[bytes], idle_seconds: float) -> AsyncIterator[bytes]:
+async def unless_silent(body: AsyncIterator[bytes], idle_seconds: float) -> AsyncIterator[bytes]:
+    """The body's chunks; RequestTimeout when none comes for so long."""
     iterator = body.__aiter__()
     while True:
         try:

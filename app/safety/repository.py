@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import Select, func, or_, select
 from sqlalchemy.orm import Session
 
 from app.tables.safety import GateRun, Policy, ProviderSet
@@ -48,6 +48,27 @@ def find_set(session: Session, name: str, role: str, sha256: str) -> ProviderSet
 def last_set_version(session: Session, name: str, role: str) -> int:
     statement = select(func.coalesce(func.max(ProviderSet.version), 0))
     return session.scalar(statement.where(ProviderSet.name == name, ProviderSet.role == role)) or 0
+
+
+def get_set(session: Session, set_id: str) -> ProviderSet | None:
+    return session.get(ProviderSet, set_id)
+
+
+def find_set_version(session: Session, name: str, role: str, version: int | None) -> ProviderSet | None:
+    """The newest version, or the one that is named."""
+    statement = select(ProviderSet).where(ProviderSet.name == name, ProviderSet.role == role)
+    if version is not None:
+        statement = statement.where(ProviderSet.version == version)
+    return session.scalars(statement.order_by(ProviderSet.version.desc()).limit(1)).first()
+
+
+def all_sets(role: str | None = None) -> Select[ProviderSet]:
+    statement = select(ProviderSet)
+    return statement.where(ProviderSet.role == role) if role is not None else statement
+
+
+def all_policies() -> Select[Policy]:
+    return select(Policy)
 
 
 def get_sets(session: Session, set_ids: Sequence[str]) -> Sequence[ProviderSet]:

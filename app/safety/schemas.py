@@ -30,6 +30,9 @@ class SetRole(StrEnum):
     HARMLESS_CONFIRMATION = "harmless_confirmation"
 
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
 class PolicyBody(Frozen):
     """Everything of a policy that can change a verdict. `sets` maps each role to a provider set's id."""
 
@@ -43,6 +46,14 @@ class PolicyBody(Frozen):
     allow_unrepaired: bool = Field(
         True, description="a job may ask for recovery `none`; the gate judges it all the same"
     )
+
+
+class PolicyDraft(PolicyBody):
+    """A policy to be published. `sets` maps each role to a provider set: its id, its name (the newest version), or
+    name@version."""
+
+    name: str = Field(pattern=NAME, description="a name that exists gets a new version")
+    base_model: str | None = Field(None, max_length=200, description="for this base model only; null is for any")
 
 
 class AutoRecovery(Frozen):
@@ -80,11 +91,13 @@ class FrozenPolicy(Frozen):
 
 
 __all__ = [
+    "NAME",
     "AutoRecovery",
     "FrozenPolicy",
     "MethodSpec",
     "NoRecovery",
     "PolicyBody",
+    "PolicyDraft",
     "RecoveryRequest",
     "SafetyRequest",
     "SetRole",

@@ -1,8 +1,9 @@
-"""Policies, provider sets and gate runs: what a job is judged by, frozen when it is created.
+"""Policies and gate runs: what a job is judged by, frozen when it is created.
 
-Knows: that a policy's body never changes (a change is a new version), that sets are found by digest, and how a
-job's wish becomes a recovery plan inside its policy's bounds.
-Refuses to know: jobs, releases, and how a verdict is reached.
+Knows: that a policy's body never changes (a change is a new version), and how a job's wish becomes a recovery plan
+inside its policy's bounds.
+Refuses to know: jobs, releases, how a verdict is reached, how sets come here (`provider_sets`) and whether they may
+stand beside each other (`publishing`).
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from app.database import unit_of_work
-from app.errors import InvalidRequest, NotFound, Unavailable
+from app.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from app.kit.ids import new_id
+from app.kit.pagination import Keyset, Page, fetch_page
 from app.safety import repository
 from app.safety.library import (
     BUNDLED_ASSETS,
@@ -27,60 +29,23 @@ from app.safety.library import (
     RecoveryPlan,
     default_specs,
     digest_bytes,
-    digest_file,
     method_name,
 )
+from app.safety.provider_sets import register_set, store_set
 from app.safety.schemas import AutoRecovery, FrozenPolicy, NoRecovery, PolicyBody, SafetyRequest, SetRole
 from app.storage import Storage
 from app.tables.safety import GateRun, Policy, ProviderSet, Verdict
 
 BUNDLED_NAME = "apothecary"
 DEFAULT_POLICY = "default"
+KEYSET = Keyset(Policy.created_at, Policy.id)
 VERSION = re.compile(r"[0-9]{1,9}")  # what a column of 32 bits can be compared with
 
 
-@dataclass(frozen=True, slots=True)
-class StoredSet:
-    """A provider set whose bytes are in the store and whose row is not written yet."""
-
-    role: SetRole
-    sha256: str
-    rows: int
-    storage_key: str
-
-
-def store_set(storage: Storage, role: SetRole, path: Path) -> StoredSet:
-    """Puts a JSONL into the store under its digest; doing it again changes nothing."""
-    digest = digest_file(path).sha256
-    key = f"provider/sets/{digest}.jsonl"
-    if not storage.exists(key):
-        storage.put_file(key, path)
-    with path.open("rb") as stream:
-        rows = sum(1 for line in stream if line.strip())
-    return StoredSet(role, digest, rows, key)
-
-
-def register_set(session: Session, name: str, stored: StoredSet) -> ProviderSet:
-    """The set's row: the existing one when name, role and digest are known, else the next version."""
-    existing = repository.find_set(session, name, stored.role, stored.sha256)
-    if existing is not None:
-        return existing
-    provider_set = ProviderSet(
-        id=new_id("pset_"),
-        name=name,
-        role=stored.role.value,
-        version=repository.last_set_version(session, name, stored.role) + 1,
-        sha256=stored.sha256,
-        rows=stored.rows,
-        storage_key=stored.storage_key,
-    )
-    session.add(provider_set)
-    session.flush()
-    return provider_set
-
-
-def publish_policy(session: Session, name: str, body: PolicyBody, *, base_model_id: str | None = None) -> Policy:
-    """A new version, or the version that already says exactly this."""
+def publish_policy(
+    session: Session, name: str, body: PolicyBody, *, base_model_id: str | None = None, published_by: str | None = None
+) -> Policy:
+    """A new version, or the version that already says exactly this. `publishing` checks the sets before."""
     document = body.model_dump(mode="json")
     digest = policy_digest(document)
     existing = repository.find_policy_by_digest(session, name, digest, base_model_id)
@@ -93,10 +58,27 @@ def publish_policy(session: Session, name: str, body: PolicyBody, *, base_model_
         base_model_id=base_model_id,
         body=document,
         digest=digest,
+        published_by=published_by,
     )
     session.add(policy)
-    session.flush()
+    try:
+        session.flush()
+    except IntegrityError as error:
+        raise Conflict(
+            f"Another version of {name!r} was published at the same moment; try again.", code="policy_version_taken"
+        ) from error
     return policy
+
+
+def list_policies(session: Session, *, after: str | None, limit: int) -> Page[Policy]:
+    """Newest first."""
+    cursor = None
+    if after is not None:
+        last = repository.get_policy(session, after)
+        if last is None:
+            raise InvalidRequest("'after' names no policy.", code="invalid_cursor", param="after")
+        cursor = (last.created_at, last.id)
+    return fetch_page(session, repository.all_policies(), KEYSET, cursor=cursor, limit=limit)
 
 
 def policy_digest(document: Mapping[str, Any]) -> str:

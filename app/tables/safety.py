@@ -22,7 +22,10 @@ class Verdict(StrEnum):
 
 
 class Policy(Created, Table):
-    """`body`: limits, judge, recovery plan and the digests of the provider sets, validated without torch."""
+    """`body`: limits, judge, recovery plan and the ids of the provider sets, validated without torch.
+
+    `published_by`: an operator key's name; None for what ships with the product.
+    """
 
     __tablename__ = "policy"
     __table_args__ = (UniqueConstraint("name", "version"),)
@@ -34,10 +37,15 @@ class Policy(Created, Table):
     body: Mapped[dict[str, Any]]
     digest: Mapped[str] = mapped_column(String(64))
     active: Mapped[bool] = mapped_column(default=True)
+    published_by: Mapped[str | None] = mapped_column(String(128))
 
 
 class ProviderSet(Created, Table):
-    """A named, digest-pinned JSONL of the provider's: harmful rows, refusals, retention, gate prompts."""
+    """A named, digest-pinned JSONL of the provider's: harmful rows, refusals, retention, gate prompts.
+
+    `categories` counts rows by category; `groups` counts what is independent evidence, 0 where rows carry no group.
+    Both are None for a set that was registered before they were counted. `imported_by`: as `Policy.published_by`.
+    """
 
     __tablename__ = "provider_set"
     __table_args__ = (UniqueConstraint("name", "role", "version"),)
@@ -48,7 +56,10 @@ class ProviderSet(Created, Table):
     version: Mapped[int]
     sha256: Mapped[str] = mapped_column(String(64))
     rows: Mapped[int]
+    groups: Mapped[int | None]
+    categories: Mapped[dict[str, Any] | None]
     storage_key: Mapped[str] = mapped_column(String(255))
+    imported_by: Mapped[str | None] = mapped_column(String(128))
 
 
 class GateRun(Created, Table):

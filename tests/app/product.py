@@ -25,6 +25,7 @@ from app.jobs.schemas import JobCreate
 from app.releases import manifest as manifests
 from app.safety import service as safety
 from app.safety.library import default_specs
+from app.safety.provider_sets import StoredSet, register_set
 from app.safety.schemas import PolicyBody, SetRole
 from app.storage import Storage
 from app.tables.base_models import BaseModelRef
@@ -68,8 +69,8 @@ def build(app: FastAPI, engine: Engine, storage: Storage) -> Product:
         )
         session.add(base)
         session.flush()
-        stored = [safety.StoredSet(role, "a" * 64, 3, f"provider/sets/{role}.jsonl") for role in SetRole]
-        sets = {item.role: safety.register_set(session, "tiny", item).id for item in stored}
+        stored = [StoredSet(role, "a" * 64, 3, f"provider/sets/{role}.jsonl") for role in SetRole]
+        sets = {item.role: register_set(session, "tiny", item).id for item in stored}
         plan = {"mode": "auto", "specs": [spec.model_dump() for spec in default_specs()]}
         body = PolicyBody.model_validate({"sets": sets, "recovery": plan})
         policy = safety.publish_policy(session, "default", body, base_model_id=base.id)

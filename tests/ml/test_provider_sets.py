@@ -10,7 +10,7 @@ import pytest
 
 from workers.ml.apothecary import shipped
 from workers.ml.errors import IntegrityError, MissingInput
-from workers.ml.evals.sets import group_of
+from workers.ml.prompts import group_of
 from workers.ml.provider_sets import ROLES, overlaps_of, read_sets, without_questions_of
 from workers.ml.types import ChatRow, Message, PromptRow
 

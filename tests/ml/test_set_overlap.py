@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.ml.evals.sets import group_of
-from workers.ml.prompts import plain_text, word_grams
+from workers.ml.prompts import group_of, plain_text, word_grams
 from workers.ml.set_overlap import Tally, find_overlaps, find_repeats
 from workers.ml.types import Message, PromptRow
 

@@ -1,6 +1,6 @@
 """What a prompt asks, in the forms in which two prompts are compared.
 
-Knows: the exact key of a conversation, the plain text of what its user says, and word 5-grams.
+Knows: the exact key of a conversation, the plain text of what its user says, word 5-grams, and groups.
 Refuses to know: which prompts may not be alike, and why. Standard library only.
 """
 
@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 
-from workers.ml.types import Message
+from workers.ml.types import Message, PromptRow
 
 GRAM_WORDS = 5
 
@@ -35,6 +35,11 @@ def asked_text(turns: Sequence[Message]) -> str:
     System prompts and given answers are left out: under another system prompt the same question is still asked.
     """
     return plain_text(" ".join(turn.content for turn in turns if turn.role == "user"))
+
+
+def group_of(row: PromptRow) -> str:
+    """The unit of independent evidence; a row without one is its own."""
+    return row.group or row.id
 
 
 def group_key(group: str) -> str:

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workers.ml.errors import IntegrityError
-from workers.ml.evals.sets import group_of
 from workers.ml.prompt_rows import SPLIT_OF, read_prompt_rows
-from workers.ml.prompts import turns_key
+from workers.ml.prompts import group_of, turns_key
 from workers.ml.set_overlap import Overlap, find_overlaps, find_repeats
 from workers.ml.types import ChatRow, Message, PromptRow
 
@@ -66,13 +65,19 @@ def read_sets(folder: Path) -> dict[str, list[PromptRow]]:
 
 def overlaps_of(sets: Mapping[str, Sequence[PromptRow]]) -> Iterator[SetOverlap]:
     """Every pair of roles that should be apart and is not; a role with itself where its evidence repeats."""
-    for role in EVIDENCE:
-        if repeats := find_repeats(sets[role]):
-            yield SetOverlap(role, role, tuple(repeats))
+    for role, rows in sets.items():
+        if (found := repeats_of(role, rows)) is not None:
+            yield found
     for role, others in APART.items():
         for other in others:
             if overlaps := find_overlaps(sets[role], sets[other]):
                 yield SetOverlap(role, other, tuple(overlaps))
+
+
+def repeats_of(role: str, rows: Sequence[PromptRow]) -> SetOverlap | None:
+    """What one set alone can do wrong: ask the same twice where each group counts as evidence of its own."""
+    repeats = find_repeats(rows) if role in EVIDENCE else []
+    return SetOverlap(role, role, tuple(repeats)) if repeats else None
 
 
 def without_questions_of(

@@ -22,8 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from workers.ml.evals.sets import group_of
-from workers.ml.prompts import asked_text, group_key, word_grams
+from workers.ml.prompts import asked_text, group_key, group_of, word_grams
 from workers.ml.types import PromptRow
 
 # 9/10 in whole numbers: 0.9 is not a binary fraction, and a pair at exactly 0.9 is an overlap.

@@ -1,8 +1,6 @@
-"""Policies: versions instead of changes, plans never wider than the policy, sets by digest."""
+"""Policies: versions instead of changes, plans never wider than the policy."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -131,17 +129,8 @@ def test_the_bundled_policy_names_every_set_by_digest_and_is_repeatable(engine: 
         content = storage.get_bytes(row.storage_key)
         assert safety.digest_bytes(content) == row.sha256
         assert content.count(b"\n") == row.rows > 0, role
-
-
-def test_a_new_file_of_a_set_is_a_new_version(engine: Engine, storage: Storage, tmp_path: Path) -> None:
-    path, versions = tmp_path / "set.jsonl", []
-    for content in (b"{}\n", b"{}\n{}\n", b"{}\n"):
-        path.write_bytes(content)
-        stored = safety.store_set(storage, SetRole.HARMFUL, path)
-        with unit_of_work(engine) as session:
-            row = safety.register_set(session, "mine", stored)
-            versions.append((row.version, row.rows))
-    assert versions == [(1, 1), (2, 2), (1, 1)]
+    confirmation = sets[SetRole.HARM_CONFIRMATION]
+    assert (confirmation.groups, confirmation.categories, confirmation.imported_by) == (160, {"curse": 320}, None)
 
 
 def test_a_policy_with_a_missing_set_stops_the_job(engine: Engine) -> None:

@@ -14,7 +14,10 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 
 from workers.ml.errors import InvalidSetting
+from workers.ml.prompts import group_of
 from workers.ml.types import PromptRow
+
+__all__ = ["EvaluationSets", "group_of"]
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,3 @@ class EvaluationSets:
         for row in self.harm:
             slices[group_of(row)].update((row.category, *row.slices))
         return sorted(slices, key=lambda group: (sorted(slices[group]), sha256(group.encode()).hexdigest()))
-
-
-def group_of(row: PromptRow) -> str:
-    """The unit of independent evidence; a row without one is its own."""
-    return row.group or row.id
