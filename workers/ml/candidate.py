@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,6 @@ from torch.nn import functional as F
 
 from workers.ml.errors import InvalidSetting
 from workers.ml.tuning.lora_vector import LoraVector
-
-if TYPE_CHECKING:
-    from workers.ml.tuned_model import TunedModel
 
 
 @dataclass(frozen=True)
@@ -117,8 +114,17 @@ class Candidate:
         return digest.hexdigest()
 
 
+class Tuned(Protocol):
+    """A model with an adapter, as far as a candidate needs to know it."""
+
+    @property
+    def vector(self) -> LoraVector: ...
+    @property
+    def side(self) -> SideTerms: ...
+
+
 @contextmanager
-def applied(tuned: TunedModel, candidate: Candidate | Tensor) -> Iterator[None]:
+def applied(tuned: Tuned, candidate: Candidate | Tensor) -> Iterator[None]:
     """The model computes as the candidate; afterwards exactly as before. A bare tensor is a candidate's factors."""
     if isinstance(candidate, Tensor):
         candidate = Candidate(candidate)

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from workers.ml.measurements import Measurement, ModelMeasures
-from workers.ml.pictures import affinity_picture, trace_picture
+from workers.ml.recovery.pictures import affinity_picture, trace_picture
 from workers.ml.recovery.proxies import ProxyReading
 from workers.ml.recovery.trace import RAW, CandidateRecord, Dial, SearchResult
 
