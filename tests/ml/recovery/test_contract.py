@@ -25,6 +25,7 @@ from workers.ml.recovery.specs import (
     ComposeSpec,
     RestaSpec,
     RollbackSpec,
+    SafeDeltaSpec,
     SafetyPatchSpec,
     ScaleDownSpec,
     method_name,
@@ -39,6 +40,8 @@ FAST = {
     SafetyPatchSpec: PATCH,
     ComposeSpec: {"parts": (ScaleDownSpec(strength=0.5), AnchoredPatchSpec(**PATCH))},
     RestaSpec: {"steps": 3, "rank": 2},
+    # Nine short rows excite few directions; with little damping what makes up for a column is larger than the column.
+    SafeDeltaSpec: {"damping": 1.0},
     RollbackSpec: {"steps": 3, "restore_ratio": 0.02},
 }
 SHAPES = ("gqa", "tied", "qkv_bias")

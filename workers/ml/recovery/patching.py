@@ -19,12 +19,13 @@ from workers.ml.chat import EncodedRow
 from workers.ml.data import Batch, collate, micro_batches
 from workers.ml.errors import NumericError
 from workers.ml.recovery.calibration import counted_logits, gradients_of_factors, summed_loss
-from workers.ml.recovery.specs import PatchSpec, method_name
+from workers.ml.recovery.specs import PatchSpec, RestaSpec, method_name
 from workers.ml.recovery.teachers import Teacher, counted_tokens, summed_kl
 from workers.ml.tuned_model import TunedModel
 from workers.ml.types import Progress
 
 Losses = list[dict[str, float]]
+ShortTraining = PatchSpec | RestaSpec  # whoever says steps, learning rate and seed
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ class Term:
     teacher: Teacher | None = None
 
 
-def train_patch(tuned: TunedModel, spec: PatchSpec, terms: Sequence[Term], progress: Progress) -> tuple[Tensor, Losses]:
+def train_patch(
+    tuned: TunedModel, spec: ShortTraining, terms: Sequence[Term], progress: Progress
+) -> tuple[Tensor, Losses]:
     """The factors after `spec.steps` steps of AdamW from where they stand, and each step's unweighted terms."""
     terms = [term for term in terms if term.rows and term.rows_per_step]
     schedules = [_schedule(term, spec) for term in terms]
@@ -65,7 +68,7 @@ def train_patch(tuned: TunedModel, spec: PatchSpec, terms: Sequence[Term], progr
         return tuned.vector.get(), losses
 
 
-def _schedule(term: Term, spec: PatchSpec) -> list[list[int]]:
+def _schedule(term: Term, spec: ShortTraining) -> list[list[int]]:
     """Distinct rows for every step, going round the shuffled rows again and again."""
     dice = random.Random(f"{spec.seed}/{method_name(type(spec))}/{term.name}")
     available, waiting, steps = len(term.rows), list[int](), []

@@ -313,12 +313,17 @@ class SafeDeltaSpec(MethodSpec):
     implementation: ClassVar[str] = "safe_delta:prepare"
     needs: ClassVar[frozenset[str]] = frozenset({"refusals", "aligned"})
     paper: ClassVar[str] = "Safe Delta, ICML 2025, arXiv 2505.12038"
-    grid: ClassVar[tuple[float, ...]] = (0.3, 0.6, 0.8, 0.91, 0.97)
+    grid: ClassVar[tuple[float, ...]] = (0.55, 0.65, 0.8, 0.91, 0.97)
     family: ClassVar[Family] = "closed-form"
     gentleness: ClassVar[int] = 56
     research: ClassVar[bool] = True
 
-    strength: float = Field(0.91, ge=0, le=1, description="the paper's budget s is 1 / strength - 1 (published: 0.1)")
+    strength: float = Field(
+        0.91,
+        ge=0,
+        le=1,
+        description="the paper's budget s is 1 / strength - 1 (published: 0.1); up to 0.5 hardly a change",
+    )
     budget_unit: Literal["relative", "absolute"] = Field(
         "relative", description="relative: times the layer's squared norm of the update; absolute: the paper's unit"
     )
