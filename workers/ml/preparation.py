@@ -18,11 +18,13 @@ from workers.ml.chat import EncodedRow, encode_prompt, encode_row
 from workers.ml.checkpoints import LoadedBase, load_base
 from workers.ml.customer_rows import CustomerRows, sort_rows
 from workers.ml.data import read_rows
-from workers.ml.errors import IntegrityError, InvalidRow, InvalidSetting, RowTooLong
+from workers.ml.digests import digest_folder
+from workers.ml.errors import BaseModelChanged, IntegrityError, InvalidRow, InvalidSetting, MissingInput, RowTooLong
 from workers.ml.evals.judges.specs import JUDGES
 from workers.ml.evals.loader import load_judge
-from workers.ml.jobspec import JobSpec, TuningRequest
+from workers.ml.jobspec import BaseChoice, JobSpec, RecoveryPlan, TuningRequest
 from workers.ml.provider_sets import APART, read_sets, without_questions_of
+from workers.ml.recovery.specs import method_name
 from workers.ml.settings import TuningSettings
 from workers.ml.tuning.hyperparameters import BaseDefaults, RequestedHyperparameters, Resolution, resolve_auto
 from workers.ml.types import ChatRow, Judge, Progress, PromptRow
@@ -50,6 +52,7 @@ class Prepared:
 def prepare(folder: Path, progress: Progress) -> Prepared:
     """Reads the run's folder. User errors name the file, the line and what was expected."""
     spec = JobSpec.model_validate_json((folder / "job.json").read_bytes())
+    _check_pretrained(spec.base, spec.recovery)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = load_base(spec.base.path, expected_digest=spec.base.digest, device=device)
     judge = load_judge(spec.judge.name)
@@ -81,6 +84,28 @@ def prepare(folder: Path, progress: Progress) -> Prepared:
         sets=sets,
         task_answer_tokens=_task_answer_tokens(base.tokenizer, rows, spec.max_task_answer_tokens),
     )
+
+
+def _check_pretrained(base: BaseChoice, plan: RecoveryPlan) -> None:
+    """The weights before alignment are those registered; a plan that cannot do without them is not trained for.
+
+    In auto a method that lacks them is passed over, as long as another one is left to try.
+    """
+    if base.pretrained is not None:
+        if base.pretrained_digest not in (None, digest_folder(base.pretrained).digest):
+            raise BaseModelChanged(
+                "The files of the base model before its alignment are not those that were registered.", "pretrained"
+            )
+        return
+    needing = [spec for spec in plan.specs if "pretrained" in spec.required_inputs()]
+    if plan.mode != "none" and needing and (plan.mode == "fixed" or len(needing) == len(plan.specs)):
+        names = ", ".join(dict.fromkeys(method_name(type(spec)) for spec in needing))
+        raise MissingInput(
+            f"Recovery by {names} compares the base model {base.name!r} with its weights before alignment, and none are "
+            "registered. Add them (theriac base-models add NAME --path FOLDER --pretrained FOLDER), or ask for another "
+            "method.",
+            "pretrained",
+        )
 
 
 def _resolve(request: TuningRequest, train: Sequence[EncodedRow], limit: int) -> Resolution:
