@@ -63,6 +63,10 @@ class SparsePatch:
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.rows, self.columns, self.values)
 
+    @property
+    def density(self) -> float:
+        return len(self.values) / (self.shape[0] * self.shape[1])
+
     def forward(self, x: Tensor) -> Tensor:
         """The patch's part of the layer's output, in fp32."""
         places = torch.stack([self.rows, self.columns])
@@ -73,11 +77,11 @@ class SparsePatch:
 
     def dense(self) -> Tensor:
         matrix = torch.zeros(self.shape, device=self.values.device)
-        matrix[self.rows, self.columns] = self.values
-        return matrix
+        return matrix.index_put_((self.rows, self.columns), self.values, accumulate=True)
 
 
 SideTerm = LowRank | SparsePatch
+DENSE_FROM = 0.05  # there a sparse product takes many times as long, and a dense matrix four times the memory
 
 
 @dataclass(frozen=True)
@@ -158,10 +162,13 @@ class SideTerms:
 
 
 def _adder(term: SideTerm) -> Any:
+    matrix = term.dense() if isinstance(term, SparsePatch) and term.density >= DENSE_FROM else None
+
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if getattr(module, "disable_adapters", False):
             return output
-        return (output + term.forward(inputs[0])).to(output.dtype)
+        part = term.forward(inputs[0]) if matrix is None else F.linear(inputs[0].float(), matrix)
+        return (output + part).to(output.dtype)
 
     return hook
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.ml.conftest import TARGETS, write_base
 from tests.ml.recovery.conftest import tune
-from workers.ml.candidate import Candidate, LowRank, SparsePatch, applied
+from workers.ml.candidate import DENSE_FROM, Candidate, LowRank, SparsePatch, applied
 from workers.ml.candidate_folder import candidate_from_disk, save_candidate
 from workers.ml.checkpoints import load_adapter, load_base
 from workers.ml.digests import digest_file, digest_folder
@@ -18,6 +18,7 @@ from workers.ml.recovery.run import recover
 from workers.ml.recovery.sparse_files import FACTS_FILE, PATCH_FILE, load_patch, merge_into, save_patch
 from workers.ml.recovery.specs import RollbackSpec
 from workers.ml.settings import LoraSettings
+from workers.ml.tuned_model import aligned
 from workers.ml.types import Silent
 
 BASE, ADAPTER = "b" * 64, "a" * 64
@@ -215,6 +216,24 @@ def test_what_cannot_be_written_leaves_no_folder(tmp_path, term, fault, message)
     with pytest.raises(fault, match=message):
         save_patch(tmp_path / "patch", Candidate(torch.zeros(1), {"m": term}), base_digest=BASE, adapter_digest=ADAPTER)
     assert not (tmp_path / "patch").exists()
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5])
+def test_a_layer_computes_the_patch_the_same_way_whatever_its_density(tuned, share):
+    name = tuned.vector.pairs()[3].module_name
+    layer = tuned.model.get_submodule(name)
+    dense = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+    dense[torch.rand(32, 32, generator=torch.Generator().manual_seed(2)) >= share] = 0.0
+    patch = SparsePatch.of(dense)
+    assert (patch.density < DENSE_FROM) == (share < DENSE_FROM)
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        plain, expected = layer(x), layer(x) + x @ dense.T
+        with tuned.side.swapped({name: patch}):
+            assert torch.allclose(layer(x), expected, atol=1e-5)
+            with aligned(tuned):
+                assert torch.equal(layer(x), layer.base_layer(x))
+        assert torch.equal(layer(x), plain)
 
 
 @pytest.mark.parametrize("shape", ["gqa", "tied", "qkv_bias"])
