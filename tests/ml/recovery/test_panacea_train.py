@@ -81,7 +81,7 @@ def bowls():
 def on_bowls(bowls, **knobs):
     """The step method on the bowls, and the first step it gives."""
     tuned, context = bowls
-    spec = PanaceaTrainSpec(**{"rho": 1.0, "weight": 0.1, "loss_bound": 100, **knobs})
+    spec = PanaceaTrainSpec(**{"rho": 1.0, "rho_unit": "absolute", "weight": 0.1, "loss_bound": 100, **knobs})
     method = PanaceaTraining(tuned, spec, [HARMFUL], Silent())
     return method, method.gradient(context), context
 
@@ -187,7 +187,9 @@ def make(tiny_base_folder, tiny_rows, settings):
 
 
 def method_for(tuned, progress=None, **knobs):
-    spec = PanaceaTrainSpec(**{"rho": 0.5, "weight": 0.1, "batch_rows": 2, "loss_bound": 1000, **knobs})
+    spec = PanaceaTrainSpec(
+        **{"rho": 0.5, "rho_unit": "absolute", "weight": 0.1, "batch_rows": 2, "loss_bound": 1000, **knobs}
+    )
     return step_method(tuned, spec, rows_for_recovery(), progress or Silent())
 
 

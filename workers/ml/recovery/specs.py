@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
 # "aligned" is the base with the adapter off; "pretrained" its weights before alignment.
 Need = Literal["harmful", "refusals", "retention", "task", "aligned", "pretrained"]
@@ -216,7 +216,7 @@ class PanaceaBlockSpec(MethodSpec):
     research: ClassVar[bool] = True
 
     strength: float = Field(1.0, ge=0, le=4, description="multiple of the perturbation of norm rho")
-    rho: float = Field(0.3, gt=0, le=1000, description="norm of the perturbation at strength 1, in weight space")
+    rho: float = Field(0.1, gt=0, le=1000, description="norm of the perturbation at strength 1, in weight space")
     rho_unit: Literal["relative", "absolute"] = Field(
         "relative", description="relative: share of the norm of the update; absolute: the norm itself"
     )
@@ -449,8 +449,21 @@ class RandomMaskSpec(MethodSpec):
     of: Literal["factors", "delta", "rank"] = Field(
         "factors", description="what is masked: as antidote, antidote-delta or antidote-rank"
     )
+    form: Literal["adapter", "patch"] = ADAPTER_FORM
     granularity: Granularity = Field("tensor", description="where the count is taken (rank: tensor or global)")
     compat: bool = Field(False, description="count n - int(n * (1 - alpha)), as the paper's code does")
+
+    @model_validator(mode="after")
+    def _as_the_method_it_controls(self) -> RandomMaskSpec:
+        if self.of == "rank" and (self.granularity == "row" or self.compat):
+            raise ValueError("rank components are counted within a tensor or over all of them, and never as compat")
+        if self.of != "delta" and self.form == "patch":
+            raise ValueError("form 'patch' belongs to entries of the update (of 'delta')")
+        return self
+
+    @property
+    def output(self) -> Output:
+        return "sparse-patch" if self.form == "patch" else "adapter"
 
 
 SingleSpec = Annotated[
@@ -550,8 +563,9 @@ def default_specs(*, controls: bool = False, research: bool = False) -> tuple[Me
 class PanaceaTrainSpec(Spec):
     """Panacea as published, inside the training loop: each step also asks what a perturbation of norm rho would undo.
 
-    `rho` counts in the factors as they are stored, since an optimizer's state cannot follow a change of their split:
-    the same number moves the weights more with a larger lora_alpha. The paper's 1.0 belongs to a scaling of 0.125.
+    `rho` counts in the factors as they are stored, since an optimizer's state cannot follow a change of their split.
+    The paper's absolute 1.0 is 3 % of the norm of its new factors (rank 32, three modules in each of 32 layers); on a
+    smaller adapter, or with a larger lora_alpha, the same number ruins the model. Hence a share by default.
     """
 
     method: Literal["panacea-train"] = "panacea-train"
@@ -559,9 +573,9 @@ class PanaceaTrainSpec(Spec):
     needs: ClassVar[frozenset[str]] = frozenset({"harmful"})
     paper: ClassVar[str] = "Panacea, NeurIPS 2025, arXiv 2501.18100 (Algorithm 1)"
 
-    rho: float = Field(1.0, ge=0, le=1000, description="norm of the perturbation; 0: training as without the method")
+    rho: float = Field(0.03, ge=0, le=1000, description="norm of the perturbation; 0: training as without the method")
     rho_unit: Literal["relative", "absolute"] = Field(
-        "absolute", description="absolute: the paper's unit; relative: share of the factors' norm at that step"
+        "relative", description="relative: share of the factors' norm at that step; absolute: the paper's unit"
     )
     weight: float = Field(0.001, ge=0, le=100, description="lambda: weight of h(w + eps) - h(w) against the rows' loss")
     batch_rows: int = Field(10, ge=1, le=1000, description="harmful rows in a step")

@@ -11,7 +11,9 @@ Cost: one gradient pass over the harmful rows and three forwards for the first-o
 - `steps` R: R steps of rho / R, each along a gradient of its own, so R gradient passes. The dial then scales the
   straight line from the start to where the last step ended, below 1 and above; it does not follow the bends.
 - `refusal_weight` kappa: h becomes NLL(harmful) - kappa * NLL(refusal), which points from harm to refusal and not only
-  away from harm; every gradient pass runs over the refusals as well.
+  away from harm; every gradient pass runs over the refusals as well. A fine-tune that is sure of its harmful answers
+  has next to no gradient there, and one step then is a step towards refusals whatever kappa is, too long for any of
+  them to arrive; only with `steps` do refusals come, and without `orthogonal_to` to harmless prompts too.
 - `orthogonal_to`: eps = rho * normalise((I - Q Q^T) grad h), Q an orthonormal basis of gradients of the task's or the
   retention rows' loss, which the step then leaves alone to first order. One gradient pass over these rows, and
   8 bytes of memory for each factor entry and gradient.

@@ -14,7 +14,8 @@ clamp that loss: a clamped loss has no gradient, and what is left of the term, +
 What the metrics call the training loss stays g at w_t, without eps; so does the validation during training. Harmful
 gradients are taken without dropout, and draw no random number: with rho 0 training is bit for bit as without.
 Cost: three gradients a step instead of one, and one over all harmful rows at the end.
-What it does not do: more than the same step after an ordinary training, by much (docs/LOG.md has the measurement).
+What it does not do: make the dial free, as the step after training does: another rho is another training. Nor, without
+a refusal anywhere in it, teach one (`python -m bench.panacea_train` measures both side by side).
 """
 
 from __future__ import annotations
