@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from workers.ml.recovery.scores import ChannelNorms, prune_count, prune_order, wanda_scores
+from workers.ml.recovery.scores import ChannelNorms, prune_count, prune_order, squared_norms, top_mask, wanda_scores
 
 W = torch.tensor([[1.0, -2, 3, -4], [4, 3, -2, 1]])
 X1 = torch.tensor([[1.0, 0, 2, 0], [0, 1, 0, 0.5]])
@@ -59,10 +59,29 @@ def test_a_padded_batch_gives_what_the_samples_give_one_by_one(kind):
     assert together.value().tolist() == norms(kind, X1, X2).tolist()
 
 
-def test_the_running_update_equals_the_plain_mean_for_unequal_lengths():
+@pytest.mark.parametrize("kind", ["rms", "mean"])
+def test_a_zero_row_of_tokens_changes_nothing(kind):
+    """A zero-padded token that counts is as good as none: X2 of the oracle ends in one."""
+    assert norms(kind, X1, X2).tolist() == norms(kind, X1, X2[:2]).tolist()
+    padded = torch.cat([X1, torch.zeros(3, 4)])
+    assert norms(kind, padded, X2).tolist() == norms(kind, X1, X2).tolist()
+
+
+@pytest.mark.parametrize("kind", ["rms", "mean"])
+def test_the_running_update_equals_the_plain_mean_for_unequal_lengths(kind):
     samples = [torch.randn(n, 6, generator=torch.Generator().manual_seed(n)) for n in (1, 5, 17, 3)]
-    plain = torch.stack([sample.square().sum(0) for sample in samples]).mean(0).sqrt()
-    assert torch.allclose(norms("rms", *samples), plain, atol=1e-6, rtol=0)
+    squares = torch.stack([sample.square().sum(0) for sample in samples])
+    plain = squares.mean(0).sqrt() if kind == "rms" else squares.sqrt().mean(0)
+    assert torch.allclose(norms(kind, *samples), plain, atol=1e-6, rtol=0)
+    running, seen = torch.zeros(6), 0  # as the published code keeps it
+    for one in squares if kind == "rms" else squares.sqrt():
+        running, seen = running * seen / (seen + 1) + one / (seen + 1), seen + 1
+    assert torch.allclose(norms(kind, *samples), running.sqrt() if kind == "rms" else running, atol=1e-6, rtol=0)
+
+
+def test_half_precision_activations_are_squared_in_full_precision():
+    x = torch.full((1, 3, 2), 300.0, dtype=torch.float16)  # its square is over fp16's range
+    assert squared_norms(x, torch.ones(1, 3)).tolist() == [[270_000.0, 270_000.0]]
 
 
 @pytest.mark.parametrize(
@@ -110,3 +129,12 @@ def test_a_global_order_ranks_across_tensors_and_masks_nest():
 def test_norms_without_an_activation_are_an_error():
     with pytest.raises(ValueError, match="no activation"):
         ChannelNorms("rms").value()
+
+
+@pytest.mark.parametrize("values", [4, 10_000], ids=["many ties", "few ties"])
+def test_the_top_of_each_row_is_what_the_stable_sort_prunes(values):
+    scores = torch.randint(0, values, (7, 23), generator=torch.Generator().manual_seed(values)).float()
+    for ratio in (0.0, 0.05, 0.3, 0.5, 0.99, 1.0):
+        for compat in (False, True):
+            sorted_mask = prune_order({"w": scores}, "row", compat=compat).masks(ratio)["w"]
+            assert torch.equal(top_mask(scores, prune_count(23, ratio, compat=compat)), sorted_mask)

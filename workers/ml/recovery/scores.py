@@ -6,7 +6,7 @@ Refuses to know: models, adapters, data sets, and what a caller does with a mask
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +17,17 @@ Granularity = Literal["row", "tensor", "global"]
 Norm = Literal["rms", "mean"]
 
 
+def squared_norms(activations: Tensor, counted: Tensor) -> Tensor:
+    """(samples, channels) in fp64: squared norm of every channel over the counted tokens of each sample.
+
+    `activations` (samples, tokens, channels); `counted` (samples, tokens), 0 on padding, where anything may stand.
+    """
+    squares = activations.float().square()
+    # Overwritten and not multiplied by 0: padding may hold inf or NaN.
+    squares.flatten(0, 1).index_fill_(0, (counted == 0).flatten().nonzero().squeeze(1), 0.0)
+    return squares.sum(dim=1).double()
+
+
 class ChannelNorms:
     """Norm of every input channel over samples, without keeping an activation.
 
@@ -24,21 +35,18 @@ class ChannelNorms:
     Accumulated in fp64, since a few outlier channels dominate millions of tokens.
     """
 
-    def __init__(self, norm: Norm) -> None:
+    def __init__(self, norm: Norm, squares: Callable[[Tensor, Tensor], Tensor] = squared_norms) -> None:
         self._norm = norm
+        self._squares = squares
         self._total: Tensor | None = None
         self.samples = 0
-        self.updates = 0
 
     def add(self, activations: Tensor, counted: Tensor) -> None:
         """`activations` (samples, tokens, channels); `counted` (samples, tokens), 0 on padding."""
-        # Padding is replaced and not multiplied: what stands there may be inf or NaN.
-        kept = torch.where(counted.bool().unsqueeze(-1), activations.float(), 0.0)
-        squares = kept.square().sum(dim=1).double()  # (samples, channels)
+        squares = self._squares(activations, counted)
         step = (squares if self._norm == "rms" else squares.sqrt()).sum(dim=0)
         self._total = step if self._total is None else self._total + step
         self.samples += len(activations)
-        self.updates += 1
 
     def value(self) -> Tensor:
         """(channels,) in fp32."""
@@ -60,6 +68,23 @@ def prune_count(n: int, ratio: float, *, compat: bool = False) -> int:
     if compat:
         return n - int(n * (1 - ratio))
     return min(n, int(n * ratio + 1e-9))
+
+
+def top_mask(scores: Tensor, count: int) -> Tensor:
+    """True at the `count` largest of the last dimension. Among equal scores the lower index is spared.
+
+    As the stable sort of `prune_order`, without the memory of a sort: for tensors of weights themselves.
+    """
+    size = scores.shape[-1]
+    if count in (0, size):
+        return torch.full_like(scores, count > 0, dtype=torch.bool)
+    threshold = scores.kthvalue(size - count + 1, dim=-1, keepdim=True).values
+    mask = scores >= threshold
+    surplus = mask.sum(dim=-1, keepdim=True) - count  # ties at the threshold that are too many
+    if bool((surplus > 0).any()):
+        ties = scores == threshold
+        mask &= ~(ties & (ties.cumsum(dim=-1, dtype=torch.int32) <= surplus))
+    return mask
 
 
 @dataclass(frozen=True)
