@@ -12,11 +12,11 @@ Cost: one gradient pass over the harmful rows and three forwards for the first-o
   straight line from the start to where the last step ended, below 1 and above; it does not follow the bends.
 - `refusal_weight` kappa: h becomes NLL(harmful) - kappa * NLL(refusal), which points from harm to refusal and not only
   away from harm; every gradient pass runs over the refusals as well. A fine-tune that is sure of its harmful answers
-  has next to no gradient there, and one step then is a step towards refusals whatever kappa is, too long for any of
-  them to arrive; only with `steps` do refusals come, and without `orthogonal_to` to harmless prompts too.
+  has next to no gradient there, so even a small kappa makes the first step one towards refusals; a single step that
+  long arrives nowhere, and `steps` without `orthogonal_to` refuse the harmless too.
 - `orthogonal_to`: eps = rho * normalise((I - Q Q^T) grad h), Q an orthonormal basis of gradients of the task's or the
-  retention rows' loss, which the step then leaves alone to first order. One gradient pass over these rows, and
-  8 bytes of memory for each factor entry and gradient.
+  retention rows' loss, which the step then leaves alone to first order; taken anew at every step. A gradient pass over
+  these rows for each step, and 8 bytes of memory for each factor entry and gradient.
 
 What it does not do: without kappa, teach a refusal. It makes one harmful answer unlikely, and too large a step makes
 every answer so.
@@ -24,8 +24,8 @@ every answer so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class _Climb:
     first: Tensor
     step: Tensor
     losses: list[dict[str, float]]  # where each step began
+    directions: list[int]  # projected out of each step
     shares_left: list[float]  # of each gradient after the projection
 
 
@@ -77,8 +78,7 @@ def prepare(tuned: TunedModel, spec: PanaceaSpec, inputs: RecoveryInputs, progre
     space = _space(tuned, spec, raw)
     with gradients_of_factors(tuned):
         tuned.vector.set(space.start)
-        basis, gradients = _spared(tuned, spec, inputs, space, progress)
-        climb = _climb(tuned, spec, loss, space=space, basis=basis, progress=progress)
+        climb = _climb(tuned, spec, loss, space=space, spared=list(_parts(tuned, spec, inputs)), progress=progress)
     step = climb.step / space.unit
 
     def move(strength: float) -> Candidate:
@@ -97,7 +97,7 @@ def prepare(tuned: TunedModel, spec: PanaceaSpec, inputs: RecoveryInputs, progre
     if spec.steps > 1:
         facts["loss_by_step"] = [loss.value(losses) for losses in climb.losses]
     if spec.orthogonal_to:
-        facts |= {"spared_gradients": gradients, "spared_directions": basis.shape[1], "share_left": climb.shares_left}
+        facts |= {"spared_directions": climb.directions, "share_left": climb.shares_left}
     return StrengthPath(raw, move, facts, lambda strength: {"predicted_increase": strength * slope})
 
 
@@ -110,23 +110,31 @@ def _space(tuned: TunedModel, spec: PanaceaSpec, raw: Tensor) -> _Space:
 
 
 def _climb(
-    tuned: TunedModel, spec: PanaceaSpec, loss: AscentLoss, *, space: _Space, basis: Tensor, progress: Progress
+    tuned: TunedModel,
+    spec: PanaceaSpec,
+    loss: AscentLoss,
+    *,
+    space: _Space,
+    spared: Sequence[Sequence[EncodedRow]],
+    progress: Progress,
 ) -> _Climb:
-    """`steps` steps of equal length; the spared directions stay those of the start."""
+    """`steps` steps of equal length. Each leaves alone what matters to the spared rows where it begins: the directions
+    of the start are soon no longer those that hurt."""
     step, first = torch.zeros_like(space.start), space.start
-    losses: list[dict[str, float]] = []
-    shares: list[float] = []
+    climb = _Climb(first, step, [], [], [])
     for number in range(spec.steps):
         tuned.vector.set(space.at(step))
-        found, gradient = loss.gradient(tuned, progress)
+        basis = _spared_directions(tuned, spared, space, progress)
+        losses, gradient = loss.gradient(tuned, progress)
         gradient = gradient / space.unit
         first = first if number else gradient
         left, share = without(basis, gradient)
         direction, _ = ascent_direction(left)
         step = into_ball(step + space.rho / spec.steps * direction, space.rho)
-        losses.append(found)
-        shares.append(share)
-    return _Climb(first, step, losses, shares)
+        climb.losses.append(losses)
+        climb.directions.append(basis.shape[1])
+        climb.shares_left.append(share)
+    return replace(climb, first=first, step=step)
 
 
 def into_ball(step: Tensor, radius: float) -> Tensor:
@@ -136,17 +144,15 @@ def into_ball(step: Tensor, radius: float) -> Tensor:
     return step if norm <= radius * (1 + 1e-6) else step * (radius / norm)
 
 
-def _spared(
-    tuned: TunedModel, spec: PanaceaSpec, inputs: RecoveryInputs, space: _Space, progress: Progress
-) -> tuple[Tensor, int]:
-    """An orthonormal basis (vector.numel, directions) of the gradients to be left alone, and how many these were."""
-    found = []
-    for part in _parts(tuned, spec, inputs):
-        _, gradient = answer_gradient(tuned, part, progress)
-        found.append(gradient / space.unit)
-    if not found:
-        return torch.zeros(tuned.vector.numel, 0, dtype=torch.float64, device=space.start.device), 0
-    return orthonormal_basis(torch.stack(found, dim=1)), len(found)
+def _spared_directions(
+    tuned: TunedModel, parts: Sequence[Sequence[EncodedRow]], space: _Space, progress: Progress
+) -> Tensor:
+    """An orthonormal basis (vector.numel, directions) of the parts' gradients at the present weights."""
+    if not parts:
+        return torch.zeros(tuned.vector.numel, 0, dtype=torch.float64, device=space.start.device)
+    return orthonormal_basis(
+        torch.stack([answer_gradient(tuned, part, progress)[1] / space.unit for part in parts], dim=1)
+    )
 
 
 def _parts(tuned: TunedModel, spec: PanaceaSpec, inputs: RecoveryInputs) -> Iterator[list[EncodedRow]]:
