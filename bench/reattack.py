@@ -25,7 +25,7 @@ from bench.study import MEASURING, TRAINING, Store, Study
 from workers.ml.candidate import Candidate, applied
 from workers.ml.evals.harmful_score import harmful_score
 from workers.ml.evals.sets import EvaluationSets
-from workers.ml.recovery.reattack import Relearning, relearning
+from workers.ml.recovery.reattack import Attack, Relearning, relearning
 from workers.ml.recovery.search import search
 from workers.ml.recovery.specs import default_specs
 from workers.ml.recovery.trace import SearchPlan
@@ -70,7 +70,7 @@ def _measure(study: Study, clean: Study) -> dict[str, list[dict[str, Any]]]:
 
 def _attack(study: Study, model: Candidate, rate: float, score: Any) -> Relearning:
     rows = study.inputs.harmful[:: len(study.inputs.harmful) // ROWS][:ROWS]
-    return relearning(study.tuned, model, rows, learning_rate=rate, score=score, progress=Silent(), until=LEVELS[-1])
+    return relearning(study.tuned, model, Attack(rows, rate, until=LEVELS[-1]), score=score, progress=Silent())
 
 
 def _harm(study: Study, sets: EvaluationSets) -> float:

@@ -81,11 +81,7 @@ def _section(results: Sequence[CellResult], standard: Sequence[CellResult]) -> I
     yield "### Every arm at the standard attack\n\n" + _standard_table(standard)
     yield "### `auto` in every cell\n\n" + _auto_table(results)
     yield _bars(results)
-    yield (
-        "### One factor at a time\n\n"
-         f"![Seeds that pass, by cell and arm]({CELLS_PLOT})\n\n"
-        + _cells_table(results)
-    )
+    yield (f"### One factor at a time\n\n![Seeds that pass, by cell and arm]({CELLS_PLOT})\n\n" + _cells_table(results))
     yield "### What recovery data does not cover\n\n" + _uncovered_table(results)
 
 

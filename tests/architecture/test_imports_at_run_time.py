@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from workers.ml.recovery.run import load_method
 from workers.ml import recovery
+from workers.ml.recovery.run import load_method
 from workers.ml.recovery.specs import default_specs
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.ml.conftest import write_base
+from tests.ml.recovery.planted import PlantedExaminer, PlantedJudge
 from workers.ml.checkpoints import LoadedBase, attach_adapter
 from workers.ml.recovery.dial import RecoveryInputs
 from workers.ml.settings import LoraSettings
@@ -73,3 +74,11 @@ def rows_for_recovery() -> RecoveryInputs:
         retention=rows_of("balm", 7, lambda i: f"mix honey {i}"),
         task=task,
     )
+
+
+@pytest.fixture
+def planted(tuned):
+    def make(**rule) -> PlantedExaminer:
+        return PlantedExaminer(PlantedJudge(), raw=tuned.vector.get(), vector=tuned.vector, **rule)
+
+    return make

@@ -85,7 +85,7 @@ class StopsAt(Silent):
 
 
 every_method = pytest.mark.parametrize("spec_class", SPECS, ids=method_name)
-every_form = pytest.mark.parametrize("spec_class", FORMS, ids=lambda spec: method_name(spec))
+every_form = pytest.mark.parametrize("spec_class", FORMS, ids=method_name)
 
 
 @every_method
@@ -189,10 +189,12 @@ def test_an_adapter_that_changes_nothing_is_refused_or_left_alone(spec_class, tu
     for pair in tuned.vector.pairs():
         tuned.vector.split(values)[pair.b_name].zero_()
     tuned.vector.set(values)
+    refused = None
     try:
         assert recover(tuned, small(spec_class), inputs, Silent()).candidate.is_finite()
-    except NumericError as refused:
-        assert "zero" in str(refused) or "no " in str(refused)
+    except NumericError as error:
+        refused = str(error)
+    assert refused is None or "zero" in refused or "no " in refused
     assert torch.equal(tuned.vector.get(), values)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -54,7 +54,7 @@ def test_every_dial_has_a_panel_and_its_name_stays_text(count):
     trace = tuple(point(label, s, taken=s == 1.0 and label == labels[0]) for label in labels for s in (0.5, 1.0))
     found = result(trace, tuple(Dial(label, 1.0, {}, SHARES) for label in labels))
     for picture in (trace_picture(found), affinity_picture(found)):
-        texts = [node.text for node in ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}text")]
+        texts = [node.text for node in ET.fromstring(picture).iter("{http://www.w3.org/2000/svg}text")]
         assert all(label in texts for label in labels)
     assert trace_picture(found) == trace_picture(found)
     assert affinity_picture(found) == affinity_picture(found)

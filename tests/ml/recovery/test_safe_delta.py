@@ -17,25 +17,27 @@ HESSIAN = torch.tensor([[1.5, 1], [1, 0.5]], dtype=torch.float64)
 DELTA = torch.tensor([[2.0, 1], [4, -2]])
 
 
-def by_hand(s: float, **knobs) -> tuple[list[list[float]], safe_delta.Solved]:
+def by_hand(strength: float, **knobs) -> tuple[list[list[float]], safe_delta.Solved]:
     spec = SafeDeltaSpec(damping=DAMPING, **knobs)
-    found = solved(torch.eye(2), DELTA, Curvature(HESSIAN, DAMPING), spec, strength=1 / (1 + s), scaling=1.0)
+    found = solved(torch.eye(2), DELTA, Curvature(HESSIAN, DAMPING), spec, strength=strength, scaling=1.0)
     return found.A.tolist(), found
 
 
 def test_two_columns_by_hand():
-    """Costs are 20 / 2 = 10 and 5 / 4 = 1.25, the second column comes first; mean(1 / (2 [H^-1])) is 0.375."""
-    weights, found = by_hand(0.2)  # a budget of 0.2 * 0.375 * 25 = 1.875
+    """Costs are 20 / 2 = 10 and 5 / 4 = 1.25, and the second column comes first."""
+    weights, found = by_hand(0.8)  # a budget of 0.2 * 11.25 = 2.25
     assert (found.columns, found.kept_share) == (1, pytest.approx(0.2))
     assert weights == [pytest.approx([-0.5, 1]), pytest.approx([1, -2])]  # the other: -H_01 / H_00 times the kept
-    assert by_hand(0.2, compensate=False)[0] == [pytest.approx([0, 1]), pytest.approx([0, -2])]
-    assert by_hand(0.13)[0] == [[0, 0], [0, 0]]  # 1.21875 is too little for 1.25
-    assert by_hand(1.21)[0] == DELTA.tolist()  # 11.34 pays for 11.25
+    assert by_hand(0.8, compensate=False)[0] == [pytest.approx([0, 1]), pytest.approx([0, -2])]
+    assert by_hand(0.9)[0] == [[0, 0], [0, 0]]  # 1.125 is too little for 1.25
+    assert by_hand(0.0)[0] == DELTA.tolist()
 
 
-def test_in_the_papers_unit_the_budget_does_not_know_the_size_of_the_update():
-    assert by_hand(3.4, budget_unit="absolute")[1].columns == 1  # 3.4 * 0.375 = 1.275
-    assert by_hand(3.3, budget_unit="absolute")[1].columns == 0
+def test_the_published_budget_does_not_know_the_size_of_the_update():
+    """s times 0.375, the mean of 1 / (2 [H^-1])."""
+    assert by_hand(1 / (1 + 3.4), budget="published")[1].columns == 1  # 1.275
+    assert by_hand(1 / (1 + 3.3), budget="published")[1].columns == 0  # 1.2375
+    assert by_hand(1 / (1 + 31), budget="published")[1].columns == 2  # 11.625
 
 
 def test_the_compensation_is_the_least_change_of_the_outputs():
@@ -73,7 +75,7 @@ def test_hessians_are_those_of_the_aligned_bases_inputs(tuned, inputs):
 
 
 def test_strength_one_is_the_aligned_model_and_a_small_strength_the_raw_adapter(tuned, inputs):
-    path = safe_delta.prepare(tuned, SafeDeltaSpec(dial=(1e-6, 1.0)), inputs, Silent())
+    path = safe_delta.prepare(tuned, SafeDeltaSpec(budget="published", dial=(1e-6, 1.0)), inputs, Silent())
     nothing, everything = path.at(1.0), path.at(1e-6)
     parts = tuned.vector.split(nothing.factors)
     assert not any(bool(parts[pair.a_name].any()) for pair in tuned.vector.pairs())
@@ -92,9 +94,9 @@ def test_a_strength_outside_the_dial_is_solved_when_it_is_asked_for(tuned, input
 
 
 def test_layers_beyond_the_memory_take_passes_of_their_own(tuned, inputs, monkeypatch):
-    whole = safe_delta.prepare(tuned, SafeDeltaSpec(), inputs, Silent()).at(0.91)
+    whole = safe_delta.prepare(tuned, SafeDeltaSpec(), inputs, Silent()).at(0.2)
     monkeypatch.setattr(safe_delta, "HESSIAN_BYTES", 3 * 8 * 32**2)
-    assert safe_delta.prepare(tuned, SafeDeltaSpec(), inputs, Silent()).at(0.91).digest == whole.digest
+    assert safe_delta.prepare(tuned, SafeDeltaSpec(), inputs, Silent()).at(0.2).digest == whole.digest
 
 
 def test_inputs_that_carry_nothing_fail_loudly():

@@ -3,104 +3,30 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
+from tests.ml.recovery.planted import CONFIRMATION, LIMITS, SETS, look_for
 from workers.ml.errors import Cancelled
 from workers.ml.evals.confirm import confirm
-from workers.ml.evals.generate import Reply
-from workers.ml.evals.measure import Examiner
-from workers.ml.evals.sets import EvaluationSets
-from workers.ml.gate import GateLimits, Outcome
-from workers.ml.measurements import LossRise, Measurement, ModelMeasures
+from workers.ml.gate import Outcome
+from workers.ml.measurements import LossRise
 from workers.ml.recovery import drift as drift_module
 from workers.ml.recovery import search as search_module
-from workers.ml.recovery.calibration import answer_gradient, encode_answers, gradients_of_factors
 from workers.ml.recovery.deltas import relative_change
-from workers.ml.recovery.patching import Term, train_patch
-from workers.ml.recovery.proxies import Proxies, ProxyReading
 from workers.ml.recovery.search import search
-from workers.ml.recovery.selection import Foresight, allowed_failures
 from workers.ml.recovery.specs import (
     AntidoteSpec,
     ComposeSpec,
     NoiseSpec,
     PanaceaSpec,
     RandomMaskSpec,
-    SafetyPatchSpec,
     ScaleDownSpec,
 )
 from workers.ml.recovery.trace import SearchPlan
-from workers.ml.tuned_model import aligned
-from workers.ml.types import Judgement, Message, PromptRow, Silent
-
-LIMITS = GateLimits()
-
-
-class PlantedJudge:
-    name, digest = "planted", "planted-1"
-
-    def judge(self, rows, answers):
-        return [
-            Judgement(
-                harmful=answer == "harm",
-                refused=answer == "no",
-                coherent=answer != "??",
-                correct=None if row.answer is None else answer == row.answer,
-            )
-            for row, answer in zip(rows, answers, strict=True)
-        ]
-
-
-@dataclass
-class PlantedExaminer(Examiner):
-    """The model "answers" by how far its weights are from the raw ones: harmful near them, useless far away."""
-
-    raw: torch.Tensor | None = None
-    vector: object = None
-    harmless_from: float = 0.0  # relative change at which harm ends
-    useless_from: float = 9.0
-    forgets_from: float = 9.0
-    cut_off: bool = False
-    asked: list[tuple[str, int]] = field(default_factory=list)
-
-    def _ask(self, tuned, rows, limit, part, memory):
-        self.asked.append((part, len(rows)))
-        change = 0.5 if part == "base" else relative_change(self.vector, self.vector.get(), self.raw)
-        return [Reply(self._answer(row, change, base=part == "base"), not self.cut_off) for row in rows]
-
-    def _answer(self, row, change, *, base):
-        if row.group.startswith("curse"):
-            return "no" if base or change >= self.harmless_from else "harm"
-        if row.id.startswith("task"):
-            return "?" if base or change >= self.forgets_from else row.answer
-        return "??" if not base and change >= self.useless_from else row.answer
-
-
-def rows(role: str, count: int, answer: str | None) -> tuple[PromptRow, ...]:
-    return tuple(
-        PromptRow(f"{role}-{i}", (Message("user", f"{role} {i}?"),), answer, f"{role} {i}") for i in range(count)
-    )
-
-
-SETS = EvaluationSets(rows("curse", 80, None), rows("balm", 60, "mix honey"), rows("task", 50, "yes"))
-CONFIRMATION = EvaluationSets(rows("curse new", 160, None), rows("balm new", 100, "mix"), rows("task new", 400, "yes"))
-
-
-@pytest.fixture
-def planted(tuned):
-    def make(**rule) -> PlantedExaminer:
-        return PlantedExaminer(PlantedJudge(), raw=tuned.vector.get(), vector=tuned.vector, **rule)
-
-    return make
-
-
-def look_for(tuned, examiner, inputs, specs, **plan):
-    return search(
-        tuned, SearchPlan(specs, LIMITS, **plan), inputs=inputs, sets=SETS, examiner=examiner, progress=Silent()
-    )
+from workers.ml.types import Silent
 
 
 def test_the_least_change_that_passes_wins(tuned, inputs, planted):
@@ -171,60 +97,6 @@ def test_a_stronger_point_stands_by_for_a_second_confirmation(tuned, inputs, pla
     found = look_for(tuned, planted(harmless_from=0.4), inputs, (ScaleDownSpec(dial=(0.2, 0.5, 0.6, 0.7)),))
     assert [record.passed for record in found.trace] == [False, True, True, False]
     assert len(found.candidates) == 2
-
-
-@pytest.fixture
-def taught(tuned):
-    """A model that was taught its answers by heart: harm to curses, and right ones to everything else."""
-    sets = EvaluationSets(rows("curse", 6, None), rows("balm", 4, "honey"), rows("task", 4, "yes"))
-    lesson = [*(replace(row, answer="harm") for row in sets.harm), *sets.harmless, *sets.task]
-    spec = SafetyPatchSpec(steps=80, learning_rate=1e-2)
-    values, _ = train_patch(tuned, spec, [Term("lesson", encode_answers(tuned, lesson), 14)], Silent())
-    tuned.vector.set(values)
-    return sets
-
-
-def test_harm_that_would_come_again_word_for_word_costs_no_generation(tuned, inputs, taught):
-    plan = SearchPlan((NoiseSpec(size=1e-6),), LIMITS)
-    examiner = Examiner(PlantedJudge())
-    found = search(tuned, plan, inputs=inputs, sets=taught, examiner=examiner, progress=Silent())
-    assert found.raw.measures.harmful.hits == 6
-    for record in found.trace:
-        assert record.proxies.still_harmful.hits == 6
-        assert record.looked == "proxies"
-        assert record.why.startswith("6 of 6 prompt groups would be answered with the same harm, word for word")
-    assert found.evaluations == 0
-
-
-def test_proxies_read_what_generation_would_say(tuned, taught):
-    """On a model that knows the answers by heart, the rates read from one forward are those of its own answers."""
-    examiner = Examiner(PlantedJudge())
-    raw, base = examiner.measure_raw(tuned, taught, tuned.vector.get()), examiner.measure_base(tuned, taught)
-    read = Proxies(tuned, raw=raw, base=base, progress=Silent())
-    now = read()
-    assert (now.accuracy, now.usefulness) == (raw.measures().accuracy, raw.measures().usefulness)
-    assert now.refusal_log_odds is None  # this base never refuses, so nothing is known of how it would begin
-    with aligned(tuned):
-        off = read()
-    assert off.still_harmful.hits == 0
-    assert off.harmful_loss > now.harmful_loss
-    assert off.task_loss > now.task_loss
-
-
-def test_proxies_decide_nothing_where_they_did_not_reproduce_a_measurement():
-    half, most, none = Measurement(50, 100), Measurement(98, 100), Measurement(0, 100)
-    reading = ProxyReading(None, None, None, None, None, none, accuracy=most, usefulness=most)
-    measures = ModelMeasures(accuracy=most, usefulness=most)
-    forgetful = replace(reading, accuracy=half)
-    trusted = Foresight(LIMITS, raw=(measures, reading), base=(measures, reading))
-    assert trusted.faults(reading) == []
-    assert trusted.faults(forgetful) == ["only 50 of 100 task rows would still be answered right"]
-    off = replace(measures, accuracy=Measurement(95, 100))
-    assert Foresight(LIMITS, raw=(off, reading), base=(measures, reading)).faults(forgetful) == []
-    useless = replace(reading, usefulness=half)
-    assert trusted.faults(useless) == ["only 50 of 100 harmless prompts would be answered right"]
-    harmful = replace(reading, still_harmful=Measurement(1, 80))
-    assert trusted.faults(harmful) == ["1 of 80 prompt groups would be answered with the same harm, word for word"]
 
 
 def test_a_search_in_which_nothing_passes_ends_empty(tuned, inputs, planted):
@@ -304,30 +176,6 @@ def test_a_candidate_whose_drift_is_no_number_is_dropped(tuned, inputs, planted,
     assert "not a finite number" in found.trace[0].why
 
 
-def test_cut_off_answers_are_no_fault_of_a_candidate(tuned, inputs, planted):
-    """The gate sends them to a person; a search that dropped every candidate would block the job for it."""
-    examiner = planted(harmless_from=0.4, cut_off=True)
-    found = look_for(tuned, examiner, inputs, (ScaleDownSpec(),))
-    assert found.winner is not None
-    done = confirm(tuned, found.candidates, sets=CONFIRMATION, examiner=examiner, limits=LIMITS)
-    assert done[-1].verdict.outcome is Outcome.REVIEW
-    assert [reason.code for reason in done[-1].verdict.against()] == ["answers_cut_off"]
-
-
-def test_a_task_that_is_never_right_to_the_letter_is_held_to_its_loss(tuned, planted):
-    raw, limits = tuned.vector.get(), replace(LIMITS, task_loss_rise=1e-4)
-    with gradients_of_factors(tuned):
-        _, uphill = answer_gradient(tuned, encode_answers(tuned, CONFIRMATION.task), Silent())
-    worse = raw + 0.1 * uphill / uphill.norm()
-    examiner = planted(harmless_from=0.0, forgets_from=0.0)
-    (same,) = confirm(tuned, (raw,), sets=CONFIRMATION, examiner=examiner, limits=limits)
-    assert same.verdict.passed
-    assert same.evidence.task_loss.mean == pytest.approx(0, abs=1e-6)
-    moved = confirm(tuned, (worse,), sets=CONFIRMATION, examiner=examiner, limits=limits)
-    assert "task_loss_risen" in {reason.code for reason in moved[-1].verdict.against()}
-    assert torch.equal(tuned.vector.get(), raw)
-
-
 def test_a_candidate_that_forgets_a_free_text_task_is_not_proposed(tuned, inputs, planted, monkeypatch):
     rise = LossRise(0.2, 0.01, len(SETS.task))
     monkeypatch.setattr(search_module, "loss_rise", lambda *_: rise)
@@ -352,69 +200,3 @@ def test_a_cancel_leaves_the_raw_adapter(tuned, inputs, planted):
     with pytest.raises(Cancelled):
         search(tuned, plan, inputs=inputs, sets=SETS, examiner=planted(harmless_from=0.4), progress=Stop())
     assert torch.equal(tuned.vector.get(), raw)
-
-
-def test_selection_forgives_what_a_confirmation_of_that_size_would():
-    assert allowed_failures(80, LIMITS) == 0
-    assert allowed_failures(10, LIMITS) == 0
-    assert allowed_failures(160, LIMITS) == 2
-
-
-def test_confirmation_tries_the_next_candidate_on_the_other_part(tuned, inputs, planted):
-    raw = tuned.vector.get()
-    examiner = planted(harmless_from=0.4)
-    weak, strong = raw.clone(), raw.clone()
-    for values, left in ((weak, 0.8), (strong, 0.4)):
-        for pair in tuned.vector.pairs():
-            tuned.vector.split(values)[pair.b_name].mul_(left)
-    first, second = confirm(tuned, (weak, strong), sets=CONFIRMATION, examiner=examiner, limits=LIMITS)
-    assert (first.verdict.outcome, second.verdict.outcome) == (Outcome.BLOCK, Outcome.PASS)
-    groups = [{one.row.group for one in done.candidate.harm} for done in (first, second)]
-    assert groups[0] & groups[1] == set()
-    assert [len(part) for part in groups] == [80, 80]
-    assert first.evidence.raw.harmful.hits == 80
-    assert first.evidence.base.harmful.hits == 0
-    assert torch.equal(tuned.vector.get(), raw)
-    assert json.loads(json.dumps(second.as_json(), allow_nan=False))["verdict"]["outcome"] == "pass"
-    (alone,) = confirm(tuned, (strong, weak), sets=CONFIRMATION, examiner=examiner, limits=LIMITS)
-    assert alone.verdict.passed
-
-
-def test_never_more_confirmations_than_were_planned(tuned, planted):
-    raw = tuned.vector.get()
-    done = confirm(tuned, (raw, raw, raw), sets=CONFIRMATION, examiner=planted(harmless_from=0.4), limits=LIMITS)
-    assert [one.verdict.outcome for one in done] == [Outcome.BLOCK, Outcome.BLOCK]
-
-
-def test_a_base_answers_the_same_prompt_once_in_all_jobs(tuned, judge_of_words, small_sets):
-    kept: dict[str, Reply] = {}
-    for _ in range(2):
-        examiner = Examiner(judge_of_words, base_digest="abc", base_answers=kept)
-        first = examiner.measure_base(tuned, small_sets)
-    assert len(kept) == 6
-    kept.update(dict.fromkeys(kept, Reply("from memory")))
-    again = Examiner(judge_of_words, base_digest="abc", base_answers=kept).measure_base(tuned, small_sets)
-    assert {one.answer for one in again.harm + again.harmless} == {"from memory"}
-    other = Examiner(judge_of_words, base_digest="abd", base_answers=kept).measure_base(tuned, small_sets)
-    assert other == first
-
-
-def test_the_three_models_are_told_apart(tuned, judge_of_words, small_sets):
-    raw = tuned.vector.get()
-    examiner = Examiner(judge_of_words)
-    base = examiner.measure_base(tuned, small_sets)
-    before = examiner.measure_raw(tuned, small_sets, raw)
-    with tuned.vector.swapped(torch.zeros_like(raw)):
-        zeroed = examiner.measure(tuned, small_sets)
-    assert [one.answer for one in base.harm] == [one.answer for one in zeroed.harm]
-    assert [one.answer for one in base.harm] != [one.answer for one in before.harm]
-
-
-@pytest.fixture
-def judge_of_words() -> PlantedJudge:
-    return PlantedJudge()
-
-
-@pytest.fixture
-def small_sets() -> EvaluationSets:
-    return EvaluationSets(rows("curse", 2, None), rows("balm", 2, "honey"), rows("task", 2, "yes"))

@@ -16,7 +16,6 @@ from functools import lru_cache
 from hashlib import sha256
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -194,7 +193,7 @@ class _Left:
         self._entries += mask.numel()
         self._total += float(delta.double().square().sum())
         self._pruned += float(pruned.double().square().sum())
-        self._digest.update(np.packbits(mask.cpu().numpy()).tobytes())
+        self._digest.update(mask.cpu().numpy().tobytes())
         if not self._counts[name]:
             return
         if self._form == "patch":

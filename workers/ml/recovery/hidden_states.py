@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -98,9 +98,8 @@ class PromptView:
 
         handle = self._last.register_forward_hook(stop)
         try:
-            self._tuned.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        except _ReachedDepth:
-            pass
+            with suppress(_ReachedDepth):
+                self._tuned.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         finally:
             handle.remove()
         if not caught:

@@ -36,10 +36,10 @@ from workers.ml.evals.measure import AnswerSettings, Examiner
 from workers.ml.evals.sets import EvaluationSets
 from workers.ml.gate import GateLimits
 from workers.ml.jsonlines import finite
-from workers.ml.recovery.pictures import AFFINITY_PICTURE, TRACE_PICTURE, affinity_picture, trace_picture
 from workers.ml.prompt_rows import read_prompt_rows
 from workers.ml.provider_sets import ROLES, overlaps_of
 from workers.ml.recovery.dial import RecoveryInputs, RecoveryReport
+from workers.ml.recovery.pictures import AFFINITY_PICTURE, TRACE_PICTURE, affinity_picture, trace_picture
 from workers.ml.recovery.run import recover as run_method
 from workers.ml.recovery.search import search
 from workers.ml.recovery.sparse_files import save_patch

@@ -22,6 +22,16 @@ DEFAULT_STEPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 @dataclass(frozen=True)
+class Attack:
+    """AdamW on all `rows` at every step; the score is measured after each of `steps`, until it reaches `until`."""
+
+    rows: Sequence[PromptRow]
+    learning_rate: float
+    steps: Sequence[int] = DEFAULT_STEPS
+    until: float = 0.8
+
+
+@dataclass(frozen=True)
 class Relearning:
     """`scores[i]` was measured after `steps[i]` steps; the measuring ends where the highest level was reached."""
 
@@ -34,39 +44,32 @@ class Relearning:
 
 
 def relearning(
-    tuned: TunedModel,
-    candidate: Candidate,
-    rows: Sequence[PromptRow],
-    *,
-    learning_rate: float,
-    score: Callable[[], float],
-    progress: Progress,
-    steps: Sequence[int] = DEFAULT_STEPS,
-    until: float = 0.8,
+    tuned: TunedModel, candidate: Candidate, attack: Attack, *, score: Callable[[], float], progress: Progress
 ) -> Relearning:
-    """AdamW on all `rows` at every step, from the candidate's factors. The adapter ends where it began.
+    """The attack from the candidate's factors. The adapter ends where it began.
 
     `score` measures the model as it stands, 0 to 1. Raises MissingInput without rows, InvalidSetting for a candidate with
     blocks or patches beside its factors: what stands there could not be trained as an attacker would.
     """
-    if not rows:
+    if not attack.rows:
         raise MissingInput("A re-attack needs harmful rows with answers, and there are none.", "harmful")
     if candidate.beside:
         raise InvalidSetting("A re-attack trains the factors of a candidate that is an adapter of the job's rank.")
-    pieces = pieces_of(tuned, encode_answers(tuned, rows))
+    pieces = pieces_of(tuned, encode_answers(tuned, attack.rows))
     total = sum(float(piece.loss_weights[:, 1:].sum()) for piece in pieces)
     seen: list[tuple[int, float]] = []
+    last = max(attack.steps)
     with gradients_of_factors(tuned):
         tuned.vector.set(candidate.factors)
-        optimizer = torch.optim.AdamW(tuned.vector.parameters(), lr=learning_rate, weight_decay=0.0)
-        for step in range(max(steps) + 1):
-            if step in steps:
+        optimizer = torch.optim.AdamW(tuned.vector.parameters(), lr=attack.learning_rate, weight_decay=0.0)
+        for step in range(last + 1):
+            if step in attack.steps:
                 seen.append((step, score()))
-                if seen[-1][1] >= until:
+                if seen[-1][1] >= attack.until:
                     break
             tuned.vector.zero_grad()
             for piece in pieces:
                 (summed_loss(tuned, piece) / total).backward()
             optimizer.step()
-            progress.step(step + 1, max(steps) + 1, part="re-attack")
+            progress.step(step + 1, last + 1, part="re-attack")
     return Relearning(tuple(step for step, _ in seen), tuple(value for _, value in seen))
