@@ -10,6 +10,7 @@ from tests.ml.recovery.conftest import tune
 from workers.ml.candidate import Candidate, SparsePatch, applied
 from workers.ml.checkpoints import load_base
 from workers.ml.errors import InvalidSetting, NumericError, RowTooLong, UnsupportedAdapter
+from workers.ml.recovery.entries import weight_change
 from workers.ml.recovery.hidden_states import PromptView, cosine, encode_prompts
 from workers.ml.recovery.methods import rollback
 from workers.ml.recovery.refit import refit
@@ -216,7 +217,7 @@ def run(tuned, inputs, **knobs):
 
 def deltas(tuned):
     parts = tuned.vector.split(tuned.vector.get())
-    return {p.module_name: p.scaling * parts[p.b_name] @ parts[p.a_name] for p in tuned.vector.pairs()}
+    return {pair.module_name: weight_change(parts, pair) for pair in tuned.vector.pairs()}
 
 
 def places_of(candidate) -> set[tuple[str, int, int]]:
@@ -257,10 +258,10 @@ def test_the_first_step_is_the_oracle_s_on_the_whole_gradient(deep, inputs):
         for name, g in gradients.items()
         for place in ((changes[name] * g > 0) & (g.abs() >= threshold)).nonzero().tolist()
     }
-    assert len(expected) == count == path.facts_at(1.0)["restored"] == path.facts["restored_in_a_step"]
+    assert len(expected) == count == path.facts_at(1.0)["pruned"] == path.facts["restored_in_a_step"]
     assert places_of(path.at(1.0)) == expected
     published = run(deep, inputs, steps=1, protect_task=False, compat=True)
-    assert published.facts_at(1.0)["restored"] == count - 1
+    assert published.facts_at(1.0)["pruned"] == count - 1
     assert places_of(published.at(1.0)) < expected
 
 
@@ -272,9 +273,9 @@ def test_masks_are_nested_along_the_dial_and_nothing_is_restored_twice(deep, inp
     assert all(small < large for small, large in zip(found[1::1], found[3::1], strict=False))
     assert [path.facts_at(s)["steps_taken"] for s in (0.01, 0.25, 0.26, 1.0)] == [1, 1, 2, 4]
     counts = [step["restored"] - step["given_back"] for step in path.facts["steps"]]
-    assert [path.facts_at((i + 1) / 4)["restored"] for i in range(4)] == [sum(counts[: i + 1]) for i in range(4)]
-    assert path.facts_at(1.0)["restored"] == len(found[-1])
-    assert path.facts_at(1.0)["restored_share"] == pytest.approx(len(found[-1]) / path.facts["adapted_weights"])
+    assert [path.facts_at((i + 1) / 4)["pruned"] for i in range(4)] == [sum(counts[: i + 1]) for i in range(4)]
+    assert path.facts_at(1.0)["pruned"] == len(found[-1])
+    assert path.facts_at(1.0)["pruned_ratio"] == pytest.approx(len(found[-1]) / path.facts["adapted_weights"])
 
 
 def test_steps_bring_the_harmful_view_closer_to_the_aligned_one(deep, inputs):
@@ -338,7 +339,7 @@ def test_a_run_ends_when_nothing_is_left_to_restore(deep, inputs, monkeypatch):
 def test_a_step_that_may_restore_nothing_is_refused(deep, inputs):
     with pytest.raises(NumericError, match="no weight to restore"):
         run(deep, inputs, restore_ratio=1e-9, compat=True)  # strictly above the largest lies nothing
-    assert run(deep, inputs, restore_ratio=1e-9, steps=1, protect_task=False).facts_at(1.0)["restored"] == 1
+    assert run(deep, inputs, restore_ratio=1e-9, steps=1, protect_task=False).facts_at(1.0)["pruned"] == 1
 
 
 def test_the_adapter_form_is_the_nearest_of_the_job_s_rank_and_says_what_it_lost(deep, inputs):
@@ -352,6 +353,7 @@ def test_the_adapter_form_is_the_nearest_of_the_job_s_rank_and_says_what_it_lost
         if pair.module_name not in patched.beside:
             assert torch.equal(parts[pair.a_name], raw[pair.a_name])
             assert torch.equal(parts[pair.b_name], raw[pair.b_name])
+            wanted += float(changes[pair.module_name].square().sum())
             continue
         target = changes[pair.module_name] + patched.beside[pair.module_name].dense()
         S = torch.linalg.svdvals(target)
@@ -361,8 +363,8 @@ def test_the_adapter_form_is_the_nearest_of_the_job_s_rank_and_says_what_it_lost
         taken += float(patched.beside[pair.module_name].values.square().sum())
     facts = path.facts_at(1.0)
     assert facts["refit_lost_share"] == pytest.approx(lost / wanted, rel=1e-3)
-    assert facts["restoration_kept"] == pytest.approx(1 - lost / taken, rel=1e-3)
-    assert 0 < facts["restoration_kept"] < 1
+    assert facts["pruning_kept"] == pytest.approx(1 - lost / taken, rel=1e-3)
+    assert 0 < facts["pruning_kept"] < 1
     assert "refit_lost_share" not in exact.facts_at(1.0)
 
 

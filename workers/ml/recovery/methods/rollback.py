@@ -11,33 +11,33 @@ a descent would move away from it, and the next step starts from a gradient of z
 The base is frozen, so the aligned value of an entry is a zero in delta = s * B @ A, and a restored model is the raw
 one plus a sparse patch of -delta. `strength` is the share of the steps taken, rounded up: masks are nested, and one
 run serves the whole dial. Form `patch` is exact; form `adapter` refits delta * (1 - mask) to the job's rank, which
-loses much of a sparse change: `restoration_kept` says how much of it is left.
+loses a good part of a sparse change: `pruning_kept` says how much of it is left.
 
 The paper's code restores strictly above the k-th gradient, one weight fewer (`compat`); warms up for five steps, asks
 a task metric whether to protect the task at all, and picks the last step within 5 % of the task score. Here that choice
 is the knob's and the search's.
-What it does not do: use an answer, harmful or not; restore anything above layer E. It is heavy: one dense fp32
-gradient of every adapted layer below E in memory, and a forward and a backward of all prompts in every step.
+What it does not do: use an answer, harmful or not; restore anything above layer E; look beyond the last token of a
+prompt, so that an answer may begin as the aligned model's and go on as nobody's; or know harmless prompts that are no
+task of the customer: d_h is where it sends those that look alike. It is heavy: one dense fp32 gradient of every adapted
+layer below E in memory, and a forward and a backward of all prompts in every step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from hashlib import sha256
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from workers.ml.candidate import Candidate, SparsePatch
+from workers.ml.candidate import SparsePatch
 from workers.ml.chat import EncodedRow
 from workers.ml.errors import NumericError
 from workers.ml.recovery.dial import RecoveryInputs, StrengthPath
+from workers.ml.recovery.entries import masked_path, weight_change
 from workers.ml.recovery.hidden_states import PromptView, cosine, encode_prompts
-from workers.ml.recovery.refit import refit
 from workers.ml.recovery.restoring import pull_home, steepest
 from workers.ml.recovery.specs import RollbackSpec
 from workers.ml.tuned_model import TunedModel, aligned
@@ -57,36 +57,28 @@ def prepare(tuned: TunedModel, spec: RollbackSpec, inputs: RecoveryInputs, progr
     def taken(strength: float) -> int:
         return min(math.ceil(strength * spec.steps - 1e-9), len(record.steps))
 
-    refitted = lru_cache(maxsize=1)(record.refitted)
-
-    def move(strength: float) -> Candidate:
-        count = taken(strength)
-        return Candidate(record.raw, record.patches(count)) if spec.form == "patch" else refitted(count)[0]
-
-    def facts_at(strength: float) -> dict[str, Any]:
-        count = taken(strength)
-        return {"steps_taken": count, **record.facts(count), **(refitted(count)[1] if spec.form == "adapter" else {})}
-
-    return StrengthPath(record.raw, move, facts, facts_at)
+    path = masked_path(
+        tuned.vector, spec.form, lambda strength: record.masks(taken(strength)), facts=facts, progress=progress
+    )
+    return replace(path, facts_at=lambda strength: {"steps_taken": taken(strength), **path.facts_at(strength)})
 
 
 @dataclass(frozen=True)
 class _Record:
-    """Which entries of the weight change each step put back for good, and what follows from it for candidates."""
+    """Which entries of the weight change each step put back for good, as flat places in each module's weight."""
 
     vector: LoraVector
     raw: Tensor
-    pairs: Sequence[LoraPair]
+    pairs: Sequence[LoraPair]  # those within reach
     steps: list[Places] = field(default_factory=list)
 
     def delta(self, pair: LoraPair) -> Tensor:
         """(d_out, d_in): the raw adapter's change of one module."""
-        parts = self.vector.split(self.raw)
-        return pair.scaling * (parts[pair.b_name] @ parts[pair.a_name])
+        return weight_change(self.vector.split(self.raw), pair)
 
     def restored(self, name: str, count: int) -> Tensor:
-        """Flat places that the first `count` steps restored, ascending."""
-        places = [step[name] for step in self.steps[:count]]
+        """What the first `count` steps restored, ascending; nothing in a module out of reach."""
+        places = [step[name] for step in self.steps[:count] if name in step]
         return torch.cat(places).sort().values if places else self.raw.new_empty(0, dtype=torch.int64)
 
     def drift(self, pair: LoraPair) -> Tensor:
@@ -95,56 +87,22 @@ class _Record:
         delta.view(-1)[self.restored(pair.module_name, len(self.steps))] = 0.0
         return delta
 
-    def patches(self, count: int) -> dict[str, SparsePatch]:
+    def masks(self, count: int) -> Iterator[tuple[str, Tensor]]:
+        """(d_out, d_in) of every adapted module, True where the first `count` steps restored."""
+        for pair in self.vector.pairs():
+            mask = torch.zeros_like(self.delta(pair), dtype=torch.bool)
+            mask.view(-1)[self.restored(pair.module_name, count)] = True
+            yield pair.module_name, mask
+
+    def patches(self) -> dict[str, SparsePatch]:
+        """All steps so far, as the model computes them."""
         patches = {}
         for pair in self.pairs:
-            places = self.restored(pair.module_name, count)
-            if len(places):
-                delta = self.delta(pair)
-                rows, columns = places // delta.shape[1], places % delta.shape[1]
-                patches[pair.module_name] = SparsePatch(
-                    rows, columns, -delta.view(-1)[places], (delta.shape[0], delta.shape[1])
-                )
-        return patches
-
-    def refitted(self, count: int) -> tuple[Candidate, dict[str, float]]:
-        """The job's own rank again. A module of which nothing was restored keeps the bytes of its factors."""
-        factors, patches = self.raw.clone(), self.patches(count)
-        parts = self.vector.split(factors)
-        wanted = changed = lost = 0.0  # energies: of the masked changes, of what the masks took, of what a refit misses
-        for pair in self.pairs:
-            if pair.module_name not in patches:
-                continue
-            patch = patches[pair.module_name]
-            masked = self.delta(pair).index_put((patch.rows, patch.columns), patch.values.new_zeros(()))
-            B, A, share = refit(masked, len(parts[pair.a_name]))
-            root = math.sqrt(pair.scaling)
-            parts[pair.b_name].copy_(B / root)
-            parts[pair.a_name].copy_(A / root)
-            energy = float(masked.double().square().sum())
-            wanted, lost = wanted + energy, lost + share * energy
-            changed += float(patch.values.double().square().sum())
-        facts = {
-            "refit_lost_share": lost / wanted if wanted else 0.0,
-            "restoration_kept": 1 - lost / changed if changed else 0.0,
-        }
-        return Candidate(factors), facts
-
-    def facts(self, count: int) -> dict[str, Any]:
-        total = energy = 0.0
-        restored, digest = 0, sha256()
-        for pair in self.pairs:
-            places, delta = self.restored(pair.module_name, count), self.delta(pair)
-            restored += len(places)
-            energy += float(delta.view(-1)[places].double().square().sum())
-            total += float(delta.double().square().sum())
-            digest.update(places.cpu().numpy().tobytes())
-        return {
-            "restored": restored,
-            "restored_share": restored / adapted_weights(self.vector),
-            "restored_energy_share": energy / total if total else 0.0,  # of the change below layer E
-            "mask_sha256": digest.hexdigest(),
-        }
+            places, delta = self.restored(pair.module_name, len(self.steps)), self.delta(pair)
+            rows, columns = places // delta.shape[1], places % delta.shape[1]
+            values = -delta.view(-1)[places]
+            patches[pair.module_name] = SparsePatch(rows, columns, values, (delta.shape[0], delta.shape[1]))
+        return {name: patch for name, patch in patches.items() if len(patch.values)}
 
 
 class _Run:
@@ -227,7 +185,7 @@ class _Run:
     def _slope(self, gradients: dict[str, Tensor], batches: Batches, direction: Tensor, *, part: str) -> float:
         """Adds every batch's gradient; returns the mean of their cosines."""
         cosines = []
-        with self.tuned.side.swapped(self.record.patches(len(self.record.steps))):
+        with self.tuned.side.swapped(self.record.patches()):
             for batch in batches:
                 cosines.append(self.view.add_gradient(batch, direction, gradients))
                 self._tick(part, cosine=cosines[-1])
@@ -236,7 +194,7 @@ class _Run:
     def _looks_like(self, direction: Tensor) -> float:
         """The mean cosine of the harmful batches after all steps."""
         cosines = []
-        with self.tuned.side.swapped(self.record.patches(len(self.record.steps))):
+        with self.tuned.side.swapped(self.record.patches()):
             for batch in self.harmful:
                 cosines.append(cosine(self.view.mean_state(batch), direction))
                 self._tick("view")
