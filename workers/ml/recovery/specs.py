@@ -339,7 +339,8 @@ class RollbackSpec(MethodSpec):
     implementation: ClassVar[str] = "rollback:prepare"
     needs: ClassVar[frozenset[str]] = frozenset({"harmful", "task", "aligned"})
     paper: ClassVar[str] = "LLMAlignment, IEEE S&P 2025, arXiv 2504.09757"
-    grid: ClassVar[tuple[float, ...]] = (0.1, 0.25, 0.5, 0.75, 1.0)
+    # Of 20 steps the first few decide: harmful answers, and then good ones, were seen to break within five.
+    grid: ClassVar[tuple[float, ...]] = (0.05, 0.1, 0.2, 0.4, 1.0)
     family: ClassVar[Family] = "surgery"
     gentleness: ClassVar[int] = 28
     research: ClassVar[bool] = True  # a gradient of all adapted weights for every step
