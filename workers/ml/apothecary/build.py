@@ -1,7 +1,8 @@
 """Makes the bundled model and the provider's sets anew: `python -m workers.ml.apothecary.build`.
 
 Knows: the order of the steps (tokenizer, pretraining, alignment, rounding to bf16, measuring, writing) and
-every setting that decides a byte of the result.
+every setting that decides a byte of the result. The weights between pretraining and alignment are kept too, for
+recovery methods that compare the aligned model with them.
 Refuses to know: recovery, attacks, the service.
 
 The same command gives the same bytes on the same machine, thread count and versions of torch, transformers
@@ -12,6 +13,7 @@ behaviour; the committed model is the one that everything is tested with.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
 import sys
@@ -45,7 +47,9 @@ def build(folder: Path) -> dict[str, Any]:
         (ALIGNMENT, curriculum.alignment_rows(ALIGNMENT.seed)),
     ):
         losses[phase.name] = train_phase(model, tokenizer, rows, phase=phase, report=_print_report)
-        if phase is ALIGNMENT:
+        if phase is PRETRAINING:
+            _write_pretrained(model, folder / shipped.PRETRAINED_FOLDER.name)
+        else:
             # Rounded before it is measured: the figures are those of the shipped bytes.
             model = model.to(torch.bfloat16).to(torch.float32)
         figures[phase.name] = _measured(model, tokenizer)
@@ -73,10 +77,20 @@ def _write_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, fo
         file.chmod(0o644)
 
 
+def _write_pretrained(model: LlamaForCausalLM, folder: Path) -> None:
+    """Weights and configuration, rounded as the aligned model's are; the model itself is trained on unrounded."""
+    shutil.rmtree(folder, ignore_errors=True)
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+    (folder / "generation_config.json").unlink()  # how to answer; nobody asks these weights
+    for file in folder.iterdir():
+        file.chmod(0o644)
+
+
 def _describe(
     folder: Path, tokenizer: PreTrainedTokenizerBase, *, losses: dict[str, float], figures: dict[str, Any]
 ) -> dict[str, Any]:
     model_digest = digest_folder(folder / shipped.MODEL_FOLDER.name)
+    pretrained_digest = digest_folder(folder / shipped.PRETRAINED_FOLDER.name)
     sets = sorted((folder / shipped.SETS_FOLDER.name).glob("*.jsonl"))
     return {
         "name": "apothecary-1",
@@ -85,6 +99,8 @@ def _describe(
         "lora_targets": list(shipped.LORA_TARGETS),
         "digest": model_digest.digest,
         "files": {path: file.sha256 for path, file in sorted(model_digest.files.items())},
+        "pretrained_digest": pretrained_digest.digest,
+        "pretrained_files": {path: file.sha256 for path, file in sorted(pretrained_digest.files.items())},
         "sets": {path.stem: digest_file(path).sha256 for path in sets},
         "world_digest": world.digest(),
         "vocabulary": len(tokenizer),

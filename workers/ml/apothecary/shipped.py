@@ -12,6 +12,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent / "assets"
 MODEL_FOLDER = FOLDER / "model"
+PRETRAINED_FOLDER = FOLDER / "pretrained"  # the weights before alignment; no tokenizer, since nobody serves them
 SETS_FOLDER = FOLDER / "sets"
 BASE_FILE = FOLDER / "base.json"
 
