@@ -248,7 +248,7 @@ class CsuLoraSpec(MethodSpec):
     implementation: ClassVar[str] = "csulora:prepare"
     needs: ClassVar[frozenset[str]] = frozenset({"aligned", "pretrained"})
     paper: ClassVar[str] = "CSULoRA, arXiv 2605.30640"
-    grid: ClassVar[tuple[float, ...]] = (0.25, 1.0, 4.0, 16.0)
+    grid: ClassVar[tuple[float, ...]] = (0.25, 0.5, 1.0, 4.0)
     family: ClassVar[Family] = "closed-form"
     gentleness: ClassVar[int] = 50
 
@@ -313,19 +313,18 @@ class SafeDeltaSpec(MethodSpec):
     implementation: ClassVar[str] = "safe_delta:prepare"
     needs: ClassVar[frozenset[str]] = frozenset({"refusals", "aligned"})
     paper: ClassVar[str] = "Safe Delta, ICML 2025, arXiv 2505.12038"
-    grid: ClassVar[tuple[float, ...]] = (0.55, 0.65, 0.8, 0.91, 0.97)
+    grid: ClassVar[tuple[float, ...]] = (0.01, 0.03, 0.1, 0.3, 0.6)
     family: ClassVar[Family] = "closed-form"
     gentleness: ClassVar[int] = 56
     research: ClassVar[bool] = True
 
     strength: float = Field(
-        0.91,
-        ge=0,
-        le=1,
-        description="the paper's budget s is 1 / strength - 1 (published: 0.1); up to 0.5 hardly a change",
+        0.05, ge=0, le=1, description="how much of the update's cost is not paid; 1: the aligned model"
     )
-    budget_unit: Literal["relative", "absolute"] = Field(
-        "relative", description="relative: times the layer's squared norm of the update; absolute: the paper's unit"
+    budget: Literal["share", "published"] = Field(
+        "share",
+        description="what each layer may cost. share: 1 - strength of the whole update's cost; published: the paper's "
+        "s = 1 / strength - 1 (0.1, a strength of 0.91), in units of squared weights",
     )
     compensate: bool = Field(True, description="second-order compensation on the columns that are not kept (OBS)")
     damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the Hessian")

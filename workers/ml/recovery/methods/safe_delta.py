@@ -3,13 +3,13 @@
 Paper: Safe Delta, ICML 2025, arXiv 2505.12038. For a linear layer H = 2 X^T X over its inputs X on refusals, taken from
 the aligned base, and a share `damping` of the mean diagonal added. Keeping an entry w of column m costs
 w^2 / (2 [H^-1]_mm); what is gained per cost is largest where [H^-1]_mm is largest, so entries are taken in that order
-until their summed cost would exceed the budget s * mean_m(1 / (2 [H^-1]_mm)), s = 1 / strength - 1. Strength 1 has no
-budget and is the aligned model. What is not kept goes back to its aligned value plus the change that best makes up for
-what is kept (optimal brain surgeon).
+until their summed cost would exceed a budget. What is not kept goes back to its aligned value plus the change that best
+makes up for what is kept (optimal brain surgeon). Strength 1 has no budget and is the aligned model.
+The published budget is s * mean_m(1 / (2 [H^-1]_mm)), here with s = 1 / strength - 1; being in units of squared weights it
+is another share of every other update. So by default the budget is 1 - strength of what the whole update would cost.
 The order is the same for every row, so whole columns are taken: the one at the budget's edge is left out. The result
 then keeps the adapter's rank and is exact: with the kept columns M and the others R, A'_M = A_M and
-A'_R = -A_M H_MR H_RR^-1, while B stays. The budget is `relative` by default, times ||update||^2 of the layer, for the
-published number is in units of squared weights and means another share of every other update.
+A'_R = -A_M H_MR H_RR^-1, while B stays.
 Paper and code differ; followed is the paper. The code takes Cholesky's diagonal for [H^-1]_mm, gives every block of
 2048 columns a budget of its own, scales by d_out / 4096, never takes the last 15 % of the entries (the paper: 10 %),
 and compensates only to the right of what is kept. No share is set aside here, so that the dial reaches the raw adapter.
@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -101,13 +101,14 @@ class Curvature:
         self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(self._hessian)).diagonal().clone()
         self._order = torch.sort(self._inverse, descending=True, stable=True).indices
 
-    def kept(self, squares: Tensor, budget: float, *, relative: bool) -> Tensor:
+    def kept(self, squares: Tensor, strength: float, budget: Literal["share", "published"]) -> Tensor:
         """Indices of the columns kept. `squares` (d_in,): squared norms of the update's columns."""
-        cost = squares / (2 * self._inverse)
-        allowed = budget * float((1 / (2 * self._inverse)).mean()) * (float(squares.sum()) if relative else 1.0)
-        # A budget for everything must not lose the last column to the rounding of a sum.
-        count = int((cost[self._order].cumsum(0) <= allowed * (1 + 1e-12)).sum())
-        return self._order[:count]
+        paid = (squares / (2 * self._inverse))[self._order].cumsum(0)
+        if budget == "share":
+            allowed = (1 - strength) * float(paid[-1])
+        else:
+            allowed = (1 / strength - 1) * float((1 / (2 * self._inverse)).mean())
+        return self._order[: int((paid <= allowed).sum())]
 
     def compensated(self, A: Tensor, kept: Tensor) -> Tensor:
         """A (r, d_in) with its columns `kept`, and the others such that x^T H x of every row is least."""
@@ -127,7 +128,7 @@ def solved(
     """One layer's new factor A. B (d_out, r), A (r, d_in); a strength of 1 leaves zero."""
     wide, gram = A.double(), B.double().T @ B.double()
     squares = scaling**2 * (wide * (gram @ wide)).sum(dim=0).clamp_min(0)
-    kept = curvature.kept(squares, 1 / strength - 1, relative=spec.budget_unit == "relative")
+    kept = curvature.kept(squares, strength, spec.budget)
     if len(kept) == A.shape[1]:
         return Solved(A.clone(), len(kept), 1.0)
     if spec.compensate:
