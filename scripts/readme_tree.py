@@ -30,7 +30,7 @@ CLOSED = {
     ".ci": "what CI runs: the README's test command and `make check`",
     "docs/decisions": "why it is built this way: one page per decision, with the alternatives",
     "migrations/versions": "one file per schema version",
-    "workers/ml/apothecary/assets": "the bundled base model and its provider sets",
+    "workers/ml/apothecary/assets": "the bundled base model, its weights before alignment, and its provider sets",
     "tests/tooling/plans": "recorded answers of pip",
     "tests/tooling/schemas": "the Compose file's JSON schema",
 }

@@ -67,6 +67,9 @@ def lay_out(plan: JobPlan, storage: Storage, folder: Path, *, tick: Tick) -> Non
     """Writes `job.json`, `input/` and `sets/`. `tick` is called between objects and may raise to stop."""
     if not Path(plan.base.path).is_dir():
         raise Fault("system_base_model_missing", f"The base model {plan.base.name!r} is not on this worker's disk.")
+    if plan.base.pretrained_path is not None and not Path(plan.base.pretrained_path).is_dir():
+        message = f"The weights of {plan.base.name!r} before its alignment are not on this worker's disk."
+        raise Fault("system_base_model_missing", message)
     spec = job_spec(plan)
     with faults_named():
         (folder / "out").mkdir(parents=True, exist_ok=True)
@@ -94,7 +97,13 @@ def job_spec(plan: JobPlan) -> JobSpec:
     """The library's description of the run; what it refuses, the customer hears as their setting's fault."""
     body = plan.policy.body
     document = {
-        "base": {"name": plan.base.name, "path": plan.base.path, "digest": plan.base.digest},
+        "base": {
+            "name": plan.base.name,
+            "path": plan.base.path,
+            "digest": plan.base.digest,
+            "pretrained": plan.base.pretrained_path,
+            "pretrained_digest": plan.base.pretrained_digest,
+        },
         "tuning": {
             **{name: value for name, value in plan.hyperparameters.items() if value is not None},
             "seed": plan.seed,

@@ -1,7 +1,7 @@
 """Whether a folder may become a base model, and what its config says about it.
 
 Knows: which files are safe to load (safetensors and text), that nothing may name code to run, and where context
-length and layer names stand.
+length and layer names stand; and that weights from before alignment are checked as strictly, without a tokenizer.
 Refuses to know: the database, the hub, and tensors beyond the safetensors header.
 """
 
@@ -17,6 +17,8 @@ from typing import Any
 from app.errors import InvalidRequest
 from app.safety.library import FolderDigest, digest_folder
 
+Shape = tuple[int, int]
+PRETRAINED = "pretrained"
 SAFE_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt", ".md"})
 SAFE_NAMES = frozenset({"LICENSE", "NOTICE", ".gitattributes", ".gitignore"})
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
@@ -35,27 +37,71 @@ class DescribedFolder:
     path: Path
     digest: FolderDigest
     context_limit: int
-    modules: frozenset[str]  # leaf names of modules with a 2-D weight: what LoRA can target
+    layers: Mapping[str, Shape]  # 2-D weights inside layers, by tensor name: what LoRA can target
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """Leaf names of the modules these weights belong to."""
+        return frozenset(_module(name) for name in self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class DescribedWeights:
+    """A folder of weights nobody serves: those of a base model before its alignment."""
+
+    path: Path
+    digest: FolderDigest
+    layers: Mapping[str, Shape]
+
+    def check_same_layers(self, base: DescribedFolder, modules: Iterable[str]) -> None:
+        """Every weight of these modules is here in the base's shape, and the weights are not the base's own."""
+        wanted = set(modules)
+        for name, shape in base.layers.items():
+            if _module(name) in wanted and self.layers.get(name) != shape:
+                there = self.layers.get(name)
+                raise _refused(
+                    f"{name} has the shape {list(shape)} in the base model and "
+                    + (f"{list(there)} before alignment" if there else "is missing before alignment"),
+                    PRETRAINED,
+                )
+        own = {file.sha256 for path, file in base.digest.files.items() if path.endswith(".safetensors")}
+        if {file.sha256 for path, file in self.digest.files.items() if path.endswith(".safetensors")} <= own:
+            raise _refused("its weights are the base model's own, not those before alignment", PRETRAINED)
 
 
 def describe_folder(folder: Path) -> DescribedFolder:
     """Checks every file and reads the config; raises InvalidRequest with the reason. Hashes everything: slow."""
+    weights = _describe(folder)
+    files = weights.digest.files
+    config = _read_config(weights.path, "config.json")
+    if not any(name in files for name in TOKENIZER_FILES):
+        raise _refused(f"it holds no tokenizer (one of {', '.join(TOKENIZER_FILES)})")
+    _check_template(weights.path, files)
+    return DescribedFolder(weights.path, weights.digest, _context_limit(config), weights.layers)
+
+
+def describe_pretrained(folder: Path) -> DescribedWeights:
+    """As `describe_folder`, for weights before alignment: a tokenizer and a template may be missing."""
+    try:
+        return _describe(folder)
+    except InvalidRequest as error:
+        message = f"Weights before alignment: {error.message}"
+        raise InvalidRequest(message, code=error.code, param=PRETRAINED) from error
+
+
+def _describe(folder: Path) -> DescribedWeights:
     folder = folder.resolve()
     if not folder.is_dir():
         raise InvalidRequest(f"There is no folder {folder}.", param="path")
     digest = digest_folder(folder)
     for name in digest.files:
         _check_name(name)
-    config = _read_config(folder, "config.json")
+    _read_config(folder, "config.json")
     _check_configs(folder, digest.files)
     weights = [folder / name for name in digest.files if name.endswith(".safetensors")]
     if not weights:
         raise _refused("it holds no .safetensors weights")
-    if not any(name in digest.files for name in TOKENIZER_FILES):
-        raise _refused(f"it holds no tokenizer (one of {', '.join(TOKENIZER_FILES)})")
-    _check_template(folder, digest.files)
-    modules = frozenset(_linear_modules(weights))
-    return DescribedFolder(folder, digest, _context_limit(config), modules)
+    return DescribedWeights(folder, digest, dict(_linear_layers(weights)))
 
 
 def _check_name(name: str) -> None:
@@ -93,13 +139,17 @@ def _context_limit(config: Mapping[str, Any]) -> int:
     return limit
 
 
-def _linear_modules(weights: Iterable[Path]) -> Iterator[str]:
+def _linear_layers(weights: Iterable[Path]) -> Iterator[tuple[str, Shape]]:
     for path in weights:
         for name, entry in _read_header(path).items():
             parts = name.split(".")
             inside_layers = any(part.isdecimal() for part in parts)
             if inside_layers and parts[-1] == "weight" and len(entry.get("shape", ())) == 2:
-                yield parts[-2]
+                yield name, (entry["shape"][0], entry["shape"][1])
+
+
+def _module(name: str) -> str:
+    return name.split(".")[-2]
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -149,5 +199,5 @@ def _walk(value: Any) -> Iterator[tuple[str, Any]]:
             yield from _walk(inner)
 
 
-def _refused(reason: str) -> InvalidRequest:
-    return InvalidRequest(f"The folder cannot be registered: {reason}.", code="base_model_refused", param="path")
+def _refused(reason: str, param: str = "path") -> InvalidRequest:
+    return InvalidRequest(f"The folder cannot be registered: {reason}.", code="base_model_refused", param=param)

@@ -1,6 +1,7 @@
 """The registry of base models: what may be tuned, pinned by the digest of every file.
 
-Knows: that a name means one digest for ever, and the defaults a base brings to its jobs.
+Knows: that a name means one digest for ever, the defaults a base brings to its jobs, and that weights before alignment
+may come later but never change.
 Refuses to know: how a folder is judged (`folder`), how a model is fetched (`hub`) or loaded (the workers, who check
 the digest again).
 """
@@ -18,12 +19,12 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from app.base_models import repository
-from app.base_models.folder import DescribedFolder, describe_folder
+from app.base_models.folder import PRETRAINED, DescribedFolder, DescribedWeights, describe_folder, describe_pretrained
 from app.database import unit_of_work
 from app.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from app.kit.clock import now
 from app.kit.ids import new_id
-from app.safety.library import BUNDLED_ASSETS
+from app.safety.library import BUNDLED_ASSETS, FolderDigest
 from app.tables.base_models import BaseModelRef
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
@@ -43,6 +44,7 @@ class Registration:
     learning_rate: float = DEFAULT_LEARNING_RATE
     target_modules: Sequence[str] = ()
     defaults: dict[str, Any] = field(default_factory=dict)
+    pretrained: DescribedWeights | None = None  # the same weights before alignment
 
 
 def register(session: Session, described: DescribedFolder, registration: Registration) -> BaseModelRef:
@@ -50,7 +52,9 @@ def register(session: Session, described: DescribedFolder, registration: Registr
     _check_name(registration.name)
     existing = repository.find_by_name(session, registration.name)
     if existing is not None:
-        return _same_or_refused(existing, described)
+        _same_or_refused(existing, described)
+        _keep_pretrained(existing, described, registration.pretrained)
+        return existing
     base = BaseModelRef(
         id=new_id("base_"),
         name=registration.name,
@@ -58,12 +62,13 @@ def register(session: Session, described: DescribedFolder, registration: Registr
         hub_id=registration.hub_id,
         revision=registration.revision,
         digest=described.digest.digest,
-        files={name: {"sha256": file.sha256, "bytes": file.bytes} for name, file in described.digest.files.items()},
+        files=_files(described.digest),
         context_limit=_context_limit(described, registration.context_limit),
         learning_rate=registration.learning_rate,
         target_modules=_target_modules(described, registration.target_modules),
         defaults=dict(registration.defaults),
     )
+    _keep_pretrained(base, described, registration.pretrained)
     session.add(base)
     session.flush()
     return base
@@ -72,8 +77,8 @@ def register(session: Session, described: DescribedFolder, registration: Registr
 def register_bundled(engine: Engine, *, assets: Path = BUNDLED_ASSETS) -> BaseModelRef:
     """Registers the apothecary base that ships with the product. Repeatable; follows a moved installation."""
     facts: dict[str, Any] = json.loads((assets / "base.json").read_text(encoding="utf-8"))
-    described = describe_folder(assets / "model")
-    if described.digest.digest != facts["digest"]:
+    described, pretrained = describe_folder(assets / "model"), describe_pretrained(assets / "pretrained")
+    if (described.digest.digest, pretrained.digest.digest) != (facts["digest"], facts["pretrained_digest"]):
         raise Unavailable(
             "The bundled base model's files were altered after they were made.", code="base_model_changed"
         )
@@ -83,6 +88,7 @@ def register_bundled(engine: Engine, *, assets: Path = BUNDLED_ASSETS) -> BaseMo
         learning_rate=facts["default_learning_rate"],
         target_modules=facts["lora_targets"],
         defaults=facts.get("defaults", {}),
+        pretrained=pretrained,
     )
     with unit_of_work(engine) as session:
         return register(session, described, registration)
@@ -131,7 +137,28 @@ def _check_name(name: str) -> None:
         )
 
 
-def _same_or_refused(existing: BaseModelRef, described: DescribedFolder) -> BaseModelRef:
+def _files(digest: FolderDigest) -> dict[str, Any]:
+    return {name: {"sha256": file.sha256, "bytes": file.bytes} for name, file in digest.files.items()}
+
+
+def _keep_pretrained(base: BaseModelRef, described: DescribedFolder, pretrained: DescribedWeights | None) -> None:
+    """Weights before alignment may be added to a base, and may move; other bytes would be another base."""
+    if pretrained is None:
+        return
+    pretrained.check_same_layers(described, base.target_modules)
+    if base.pretrained_digest not in (None, pretrained.digest.digest):
+        raise Conflict(
+            f"{base.name!r} is registered with other weights before alignment (digest {base.pretrained_digest[:12]}…). "
+            "Register them with the base model under a new name, so that reports keep meaning what they said.",
+            code="base_model_exists",
+            param=PRETRAINED,
+        )
+    base.pretrained_path = str(pretrained.path)
+    base.pretrained_digest = pretrained.digest.digest
+    base.pretrained_files = _files(pretrained.digest)
+
+
+def _same_or_refused(existing: BaseModelRef, described: DescribedFolder) -> None:
     if existing.digest != described.digest.digest:
         raise Conflict(
             f"{existing.name!r} is registered with other bytes (digest {existing.digest[:12]}…). Register the new bytes "
@@ -141,7 +168,6 @@ def _same_or_refused(existing: BaseModelRef, described: DescribedFolder) -> Base
         )
     existing.path = str(described.path)
     existing.retired_at = None
-    return existing
 
 
 def _context_limit(described: DescribedFolder, wanted: int | None) -> int:

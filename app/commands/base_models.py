@@ -14,7 +14,7 @@ import typer
 
 from app.base_models import hub
 from app.base_models import service as base_models
-from app.base_models.folder import describe_folder
+from app.base_models.folder import describe_folder, describe_pretrained
 from app.base_models.service import DEFAULT_LEARNING_RATE, Registration
 from app.commands.client import AsJson
 from app.commands.database import opened
@@ -32,6 +32,10 @@ def add(
     path: Annotated[Path | None, typer.Option(help="a local folder")] = None,
     hub_id: Annotated[str | None, typer.Option("--hub", help="owner/name on the model hub")] = None,
     revision: Annotated[str, typer.Option(help="commit on the hub; required with --hub")] = "",
+    pretrained: Annotated[
+        Path | None,
+        typer.Option(help="a local folder with the same weights before alignment, which some recovery methods need"),
+    ] = None,
     context_limit: Annotated[int | None, typer.Option(min=8, help="default: the model's own")] = None,
     learning_rate: Annotated[
         float, typer.Option(min=0.0, help="what learning_rate_multiplier multiplies")
@@ -56,6 +60,7 @@ def add(
             learning_rate=learning_rate,
             target_modules=target or (),
             defaults=_parse(defaults),
+            pretrained=describe_pretrained(pretrained) if pretrained is not None else None,
         )
         with unit_of_work(engine) as session:
             added = _row(base_models.register(session, described, registration))
@@ -106,6 +111,8 @@ def _row(base: BaseModelRef) -> dict[str, Any]:
         "hub_id": base.hub_id,
         "revision": base.revision,
         "digest": base.digest,
+        "pretrained_path": base.pretrained_path,
+        "pretrained_digest": base.pretrained_digest,
         "context_limit": base.context_limit,
         "learning_rate": base.learning_rate,
         "target_modules": base.target_modules,

@@ -23,6 +23,7 @@ class BaseModelCapability(BaseModel):
     learning_rate: float
     target_modules: list[str]
     digest: str
+    pretrained: bool  # whether recovery methods that need "pretrained" can run on it
 
 
 class MethodCapability(BaseModel):
@@ -54,6 +55,7 @@ def retrieve(_caller: Caller, session: Reading, settings: CurrentSettings) -> Ca
             learning_rate=base.learning_rate,
             target_modules=list(base.target_modules),
             digest=base.digest,
+            pretrained=base.pretrained_path is not None,
         )
         for base in base_models.list_active(session)
     ]

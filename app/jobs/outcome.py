@@ -26,7 +26,7 @@ class PlannedObject:
 
 @dataclass(frozen=True, slots=True)
 class PlannedBase:
-    """The base model; the folder is checked against `digest` when it is loaded."""
+    """The base model and, where registered, its weights before alignment; folders are checked against their digests."""
 
     name: str
     path: str
@@ -35,6 +35,8 @@ class PlannedBase:
     learning_rate: float
     target_modules: tuple[str, ...]
     defaults: Mapping[str, Any]
+    pretrained_path: str | None = None
+    pretrained_digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

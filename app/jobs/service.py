@@ -41,6 +41,7 @@ from app.kit.clock import now
 from app.kit.ids import new_id
 from app.kit.pagination import Page, fetch_page
 from app.safety import service as safety
+from app.safety.library import MethodSpec, method_name
 from app.safety.schemas import FrozenPolicy
 from app.tables.base_models import BaseModelRef
 from app.tables.events import Event
@@ -83,6 +84,7 @@ def create(session: Session, principal: Principal, request: JobCreate) -> Job:
     _check_peft(base, request.peft)
     named = _named_files(session, principal.project_id, request)
     frozen = safety.freeze(session, base.id, request.safety, request.recovery)
+    _check_recovery(base, request.recovery)
     job = _new_job(principal.project_id, request, base, frozen)
     session.add(job)
     session.flush()
@@ -263,4 +265,17 @@ def _check_peft(base: BaseModelRef, peft: PeftRequest) -> None:
             f"{base.name!r} does not offer {', '.join(unknown)}; its LoRA targets are {', '.join(base.target_modules)}.",
             code="invalid_value",
             param="peft.target_modules",
+        )
+
+
+def _check_recovery(base: BaseModelRef, recovery: object) -> None:
+    """A method that was asked for by name must be able to run; `auto` passes over those that cannot."""
+    if not isinstance(recovery, MethodSpec) or base.pretrained_path is not None:
+        return
+    if "pretrained" in recovery.required_inputs():
+        raise InvalidRequest(
+            f"Recovery {method_name(type(recovery))!r} compares {base.name!r} with its weights before alignment, which the "
+            "provider has not registered. Ask for another method or for 'auto'.",
+            code="recovery_needs_pretrained",
+            param="recovery.method",
         )

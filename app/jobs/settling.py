@@ -76,6 +76,8 @@ def plan(session: Session, job: Job) -> JobPlan:
             learning_rate=base.learning_rate,
             target_modules=tuple(base.target_modules),
             defaults=base.defaults,
+            pretrained_path=base.pretrained_path,
+            pretrained_digest=base.pretrained_digest,
         ),
         policy=PlannedPolicy(
             policy.id, policy.name, policy.version, policy.digest, body=policy.body, recovery=job.safety["plan"]

@@ -1,6 +1,7 @@
 """Base models the provider registered.
 
-Knows: where the bytes lie and the digest they had at registration, which every load is checked against.
+Knows: where the bytes lie and the digest they had at registration, which every load is checked against; the same of
+the weights before alignment, where the provider has them.
 Refuses to know: how a model is loaded.
 """
 
@@ -9,7 +10,7 @@ from typing import Any
 from sqlalchemy import String
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.tables.base import Created, Table
+from app.tables.base import Created, Json, Table
 
 
 class BaseModelRef(Created, Table):
@@ -28,4 +29,7 @@ class BaseModelRef(Created, Table):
     learning_rate: Mapped[float]
     target_modules: Mapped[list[Any]]
     defaults: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    pretrained_path: Mapped[str | None] = mapped_column(String(1024))
+    pretrained_digest: Mapped[str | None] = mapped_column(String(64))
+    pretrained_files: Mapped[dict[str, Any] | None] = mapped_column(Json)
     retired_at: Mapped[float | None]

@@ -14,11 +14,12 @@ from sqlalchemy import Engine
 
 from app.base_models import hub
 from app.base_models import service as base_models
-from app.base_models.folder import describe_folder
+from app.base_models.folder import describe_folder, describe_pretrained
 from app.base_models.service import Registration
 from app.database import read_session, unit_of_work
 from app.errors import Conflict, InvalidRequest, Unavailable
 from app.safety.library import BUNDLED_ASSETS
+from app.tables.base_models import BaseModelRef
 
 
 def safetensors(**shapes: list[int]) -> bytes:
@@ -174,12 +175,70 @@ def test_a_retired_base_takes_no_new_jobs_and_can_come_back(engine: Engine, fold
 def test_the_bundled_base_is_registered_and_its_bytes_are_checked(engine: Engine, tmp_path: Path) -> None:
     base = base_models.register_bundled(engine)
     assert base.context_limit >= 2048
+    assert base.pretrained_path == str(BUNDLED_ASSETS / "pretrained")
     assert base_models.register_bundled(engine).id == base.id
     assets = tmp_path / "assets"
     shutil.copytree(BUNDLED_ASSETS, assets)
-    edit(assets / "model" / "generation_config.json", max_length=7)
-    with pytest.raises(Unavailable, match="altered"):
-        base_models.register_bundled(engine, assets=assets)
+    for changed in ("model/generation_config.json", "pretrained/config.json"):
+        kept = (assets / changed).read_text()
+        edit(assets / changed, max_length=7)
+        with pytest.raises(Unavailable, match="altered"):
+            base_models.register_bundled(engine, assets=assets)
+        (assets / changed).write_text(kept)
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path) -> Path:
+    """Weights of the same shapes and other numbers, without a tokenizer."""
+    path = tmp_path / "before"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (path / "model.safetensors").write_bytes(WEIGHTS[:-1] + b"\x01")
+    return path
+
+
+def registered(engine: Engine, folder: Path, pretrained: Path | None) -> BaseModelRef:
+    described = describe_pretrained(pretrained) if pretrained else None
+    with unit_of_work(engine) as session:
+        return base_models.register(session, describe_folder(folder), Registration("tiny", pretrained=described))
+
+
+def test_weights_before_alignment_may_come_later_and_move_but_not_change(
+    engine: Engine, folder: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    assert registered(engine, folder, None).pretrained_path is None
+    added = registered(engine, folder, pretrained)
+    assert added.pretrained_path == str(pretrained)
+    assert added.pretrained_digest == describe_pretrained(pretrained).digest.digest
+    assert set(added.pretrained_files or {}) == {"config.json", "model.safetensors"}
+    moved = Path(shutil.copytree(pretrained, tmp_path / "moved"))
+    assert registered(engine, folder, moved).pretrained_path == str(moved)
+    assert registered(engine, folder, None).pretrained_path == str(moved)
+    (moved / "model.safetensors").write_bytes(WEIGHTS[:-1] + b"\x02")
+    with pytest.raises(Conflict, match="other weights before alignment") as refused:
+        registered(engine, folder, moved)
+    assert refused.value.param == "pretrained"
+
+
+def test_weights_before_alignment_that_do_not_fit_the_base_are_refused(
+    engine: Engine, folder: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidRequest, match="no folder") as missing:
+        describe_pretrained(tmp_path / "nowhere")
+    assert missing.value.param == "pretrained"
+    cases = [
+        ("base model's own", WEIGHTS),
+        ("is missing before alignment", safetensors(model__layers__0__mlp__odd_proj__weight=[8, 8])),
+        (r"\[8, 8\] in the base model and \[4, 8\]", safetensors(model__layers__0__self_attn__q_proj__weight=[4, 8])),
+        ("not a safetensors file", b"no"),
+    ]
+    for reason, content in cases:
+        (pretrained / "model.safetensors").write_bytes(content)
+        with pytest.raises(InvalidRequest, match=reason) as refused:
+            registered(engine, folder, pretrained)
+        assert refused.value.param == "pretrained"
+    with read_session(engine) as session:
+        assert base_models.list_active(session) == []
 
 
 def test_a_hub_model_is_fetched_at_a_named_revision(tmp_path: Path, folder: Path) -> None:

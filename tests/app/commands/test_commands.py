@@ -178,6 +178,11 @@ def test_base_models_are_added_listed_and_retired(home: Path, run: Run, tmp_path
     folder = str(BUNDLED_ASSETS / "model")
     added = parsed(run("base-models", "add", "mine", "--path", folder, "--learning-rate", "0.001", "--json"))
     assert (added["name"], added["learning_rate"]) == ("mine", 0.001)
+    assert added["pretrained_path"] is None
+    before = str(BUNDLED_ASSETS / "pretrained")
+    again = parsed(run("base-models", "add", "mine", "--path", folder, "--pretrained", before, "--json"))
+    assert again["pretrained_path"] == before
+    assert run("base-models", "add", "mine", "--path", folder, "--pretrained", folder).exit_code == 1
     assert [row["name"] for row in parsed(run("base-models", "list", "--json"))] == ["mine"]
     refused = run("base-models", "add", "empty", "--path", str(tmp_path))
     assert refused.exit_code == 1

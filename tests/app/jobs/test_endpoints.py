@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from app.database import unit_of_work
 from app.safety.library import default_specs, method_name
+from app.tables.base_models import BaseModelRef
 from app.tables.safety import Verdict
 from tests.app.product import (
     BASE,
@@ -22,6 +24,7 @@ from tests.app.product import (
     upload,
     validate_next,
 )
+from workers.bridge import job_spec
 
 OPENAI_FIELDS = {
     "id", "object", "created_at", "finished_at", "estimated_finish", "model", "fine_tuned_model", "organization_id",
@@ -109,6 +112,12 @@ REFUSALS = [
     ({"safety": {"policy": "default@x"}}, "invalid_request", "safety.policy"),
     ({"safety": {"policy": "default@" + "9" * 30}}, "invalid_request", "safety.policy"),
     ({"recovery": {"method": "noise"}}, "recovery_method_not_offered", "recovery.method"),
+    ({"recovery": {"method": "csulora"}}, "recovery_needs_pretrained", "recovery.method"),
+    (
+        {"recovery": {"method": "compose", "parts": [{"method": "safelora"}, {"method": "scale-down"}]}},
+        "recovery_needs_pretrained",
+        "recovery.method",
+    ),
     ({"recovery": {"method": "anchored-patch", "refusal_rows": 10**9}}, "invalid_value", "recovery.refusal_rows"),
     ({"safety": {"on_block": "shrug"}}, "invalid_value", "safety.on_block"),
     ({"peft": {"rank": 0}}, "invalid_value", "peft.rank"),
@@ -130,6 +139,20 @@ def test_what_cannot_be_done_is_refused_by_name(product: Product, client: TestCl
         assert set(error) == {"message", "type", "param", "code"}
         assert error["type"] == "invalid_request_error"
     assert client.get("/fine_tuning/jobs").json()["data"] == []
+
+
+def test_a_base_with_weights_before_alignment_takes_the_methods_that_need_them(
+    product: Product, client: TestClient
+) -> None:
+    assert client.get("/capabilities").json()["base_models"][0]["pretrained"] is False
+    with unit_of_work(product.engine) as session:
+        base = session.get_one(BaseModelRef, product.base_id)
+        base.pretrained_path, base.pretrained_digest = "/nowhere/before", "e" * 64
+    assert client.get("/capabilities").json()["base_models"][0]["pretrained"] is True
+    plan, _ = running_job(product, client, recovery={"method": "csulora", "strength": 1})
+    assert (plan.base.pretrained_path, plan.base.pretrained_digest) == ("/nowhere/before", "e" * 64)
+    choice = job_spec(plan).base
+    assert (str(choice.pretrained), choice.pretrained_digest) == ("/nowhere/before", "e" * 64)
 
 
 @pytest.mark.parametrize(
