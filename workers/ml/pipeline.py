@@ -28,6 +28,7 @@ from workers.ml.jobspec import RecoveryPlan
 from workers.ml.jsonlines import finite
 from workers.ml.preparation import Prepared, prepare
 from workers.ml.recovery.dial import RecoveryInputs
+from workers.ml.recovery.pictures import AFFINITY_PICTURE, TRACE_PICTURE, affinity_picture, trace_picture
 from workers.ml.recovery.run import step_method
 from workers.ml.recovery.search import search
 from workers.ml.recovery.specs import MethodSpec, default_specs
@@ -144,6 +145,7 @@ def _recover(walk: _Walk) -> None:
             refusals=prepared.sets["refusals"],
             retention=prepared.sets["retention"],
             task=prepared.rows.recovery,
+            pretrained=prepared.spec.base.pretrained,
         ),
         sets=_sets(prepared, "selection"),
         examiner=walk.examiner,
@@ -205,10 +207,10 @@ def _conclude(walk: _Walk, confirmations: list[Confirmation]) -> Outcome:
         candidate_digest=digest,
         seconds=walk.seconds,
     )
-    write_folder(
-        gate / "evidence",
-        {REPORT_FILE: _json(document), ANSWERS_FILE: _answers(confirmations)},
-    )
+    files = {REPORT_FILE: _json(document), ANSWERS_FILE: _answers(confirmations)}
+    if walk.found is not None and walk.found.trace:
+        files |= {TRACE_PICTURE: trace_picture(walk.found), AFFINITY_PICTURE: affinity_picture(walk.found)}
+    write_folder(gate / "evidence", files)
     return Outcome(
         verdict=document["verdict"],
         candidate_digest=digest,
