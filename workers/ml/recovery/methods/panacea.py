@@ -18,6 +18,8 @@ Cost: one gradient pass over the harmful rows and three forwards for the first-o
   retention rows' loss, which the step then leaves alone to first order; taken anew at every step. A gradient pass over
   these rows for each step, and 8 bytes of memory for each factor entry and gradient.
 
+All three together are another method than the paper's: a short walk towards refusals on which every step keeps off what
+the task and the harmless rows need. It costs as much as a small training, and repairs like one.
 What it does not do: without kappa, teach a refusal. It makes one harmful answer unlikely, and too large a step makes
 every answer so.
 """
