@@ -66,7 +66,7 @@ ARMS: tuple[Arm, ...] = (
     Arm(AntidoteSpec(), "variant", MASKS, 0.1),
     Arm(AntidoteSpec(spare=BOTH), "variant", MASKS, 0.1),
     Arm(AntidoteDeltaSpec(), "variant", (0.05, 0.1, 0.2, 0.4, 0.6), 0.2),
-    Arm(AntidoteRankSpec(), "variant", (0.05, 0.1, 0.2, 0.3, 0.5), 0.1),
+    Arm(AntidoteRankSpec(score="activation"), "variant", (0.05, 0.1, 0.2, 0.3, 0.5), 0.1),
     Arm(AntidoteRankSpec(score="gradient", spare=BOTH), "variant", (0.05, 0.1, 0.2, 0.3, 0.5), 0.1),
     Arm(RollbackSpec(), "published", (0.1, 0.25, 0.5, 0.75, 1.0), 1.0),
     Arm(

@@ -5,7 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.ml.conftest import TARGETS
+from tests.ml.recovery.conftest import tune
 from workers.ml.candidate import Candidate
+from workers.ml.checkpoints import load_base
 from workers.ml.errors import MissingInput, NumericError
 from workers.ml.recovery.calibration import answer_loss, encode_answers, encode_task
 from workers.ml.recovery.components import Components, dropping_path
@@ -13,6 +16,7 @@ from workers.ml.recovery.entries import weight_change
 from workers.ml.recovery.methods import antidote_rank
 from workers.ml.recovery.scores import prune_order
 from workers.ml.recovery.specs import AntidoteRankSpec
+from workers.ml.settings import LoraSettings
 from workers.ml.types import Silent
 
 IDS = torch.tensor([[7, 30, 31, 99, 4, 12]])
@@ -47,7 +51,7 @@ def scores_of(tuned, rows, **knobs) -> dict[str, torch.Tensor]:
 
 def test_activation_scores_match_a_plain_computation_on_dense_matrices(tuned, inputs):
     rows = encode_answers(tuned, inputs.harmful)
-    scores, seen = scores_of(tuned, rows), inputs_of_modules(tuned, rows)
+    scores, seen = scores_of(tuned, rows, score="activation"), inputs_of_modules(tuned, rows)
     for name, delta in changes(tuned, tuned.vector.get()).items():
         _, S, Vh = torch.linalg.svd(delta)
         squares = torch.stack([(x @ Vh[:4].T).square().sum(0) for x in seen[name]]).mean(0)
@@ -58,7 +62,7 @@ def test_norms_of_single_channels_would_give_another_order(tuned, inputs):
     """Why the projections are needed: channels that excite a component may cancel in it."""
     rows = encode_answers(tuned, inputs.harmful)
     seen, differs = inputs_of_modules(tuned, rows), False
-    scores = scores_of(tuned, rows)
+    scores = scores_of(tuned, rows, score="activation")
     for name, delta in changes(tuned, tuned.vector.get()).items():
         _, S, Vh = torch.linalg.svd(delta)
         c = torch.stack([x.square().sum(0) for x in seen[name]]).mean(0)
@@ -206,7 +210,7 @@ def test_equal_scores_spare_the_earlier_component(tuned):
 
 @pytest.mark.parametrize("score", ["activation", "gradient"])
 def test_what_spared_rows_use_counts_against_dropping_in_shares_of_each_set(tuned, inputs, score):
-    """The order is that of harmful share - weight * (task share + retention share)."""
+    """The order is that of harmful share - weight * (|task share| + |retention share|)."""
     sets = {
         "harmful": encode_answers(tuned, inputs.harmful),
         "task": encode_task(tuned, inputs.task),
@@ -216,7 +220,7 @@ def test_what_spared_rows_use_counts_against_dropping_in_shares_of_each_set(tune
     for role, rows in sets.items():
         flat = torch.cat(list(scores_of(tuned, rows, score=score).values()))
         shares[role] = flat / flat.abs().sum()
-    wanted = shares["harmful"] - 2.0 * (shares["task"] + shares["retention"])
+    wanted = shares["harmful"] - 2.0 * (shares["task"].abs() + shares["retention"].abs())
     spec = AntidoteRankSpec(score=score, spare=("task", "retention"), spare_weight=2.0)
     path = antidote_rank.prepare(tuned, spec, inputs, Silent())
     chosen = set(wanted.topk(16).indices.tolist())
@@ -229,10 +233,22 @@ def test_what_spared_rows_use_counts_against_dropping_in_shares_of_each_set(tune
     assert antidote_rank.prepare(tuned, free, inputs, Silent()).facts_at(0.3) == plain.facts_at(0.3)
 
 
+@pytest.mark.parametrize("score", ["activation", "gradient"])
+def test_a_half_precision_base_gives_nearly_the_same_scores(base_folders, inputs, score):
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        lora = LoraSettings(rank=8, alpha=16, target_modules=TARGETS)
+        tuned = tune(load_base(base_folders("qkv_bias"), dtype=dtype), lora)
+        scores = scores_of(tuned, encode_answers(tuned, inputs.harmful), score=score)
+        found.append(torch.cat(list(scores.values())))
+    assert float(torch.corrcoef(torch.stack(found))[0, 1]) > 0.99
+    assert float((found[0] - found[1]).norm() / found[0].norm()) < 0.1
+
+
 def test_one_forward_or_one_gradient_over_each_set_of_rows(tuned, inputs):
     forwards = []
     tuned.model.register_forward_pre_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
-    antidote_rank.prepare(tuned, AntidoteRankSpec(spare=("task",)), inputs, Silent())
+    antidote_rank.prepare(tuned, AntidoteRankSpec(score="activation", spare=("task",)), inputs, Silent())
     assert forwards == [False, False]  # each set is one micro-batch
     forwards.clear()
     antidote_rank.prepare(tuned, AntidoteRankSpec(score="gradient"), inputs, Silent())

@@ -26,7 +26,7 @@ from workers.ml.types import Progress
 Tokens = Literal["all", "answer"]
 
 # Without a backward pass nothing is gained by a piece whose activations leave the processor's cache.
-CPU_TOKENS = 1024
+CPU_TOKENS = 512
 
 
 class Listener(Protocol):

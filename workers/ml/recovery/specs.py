@@ -92,21 +92,21 @@ class ScaleDownSpec(MethodSpec):
 
 
 class AntidoteRankSpec(MethodSpec):
-    """Drops whole rank components of the update: the ones harmful data excites most, singular value by singular value."""
+    """Drops whole rank components of the update: those that harmful answers rely on most, and spared rows least."""
 
     method: Literal["antidote-rank"] = "antidote-rank"
     implementation: ClassVar[str] = "antidote_rank:prepare"
     needs: ClassVar[frozenset[str]] = frozenset({"harmful"})
     paper: ClassVar[str] = "Antidote's score (arXiv 2408.09600) on singular components; this project's form"
-    grid: ClassVar[tuple[float, ...]] = (0.05, 0.1, 0.2, 0.3, 0.5)
+    grid: ClassVar[tuple[float, ...]] = (0.01, 0.02, 0.05, 0.1, 0.2)
     family: ClassVar[Family] = "surgery"
     gentleness: ClassVar[int] = 15
 
-    strength: float = Field(0.1, ge=0, le=1, description="share of the rank components dropped")
+    strength: float = Field(0.05, ge=0, le=1, description="share of the rank components dropped")
     score: Literal["activation", "gradient"] = Field(
-        "activation",
-        description="activation: singular value times what harmful rows put through it; gradient: by how much dropping "
-        "the component alone raises the loss of harmful answers, to first order",
+        "gradient",
+        description="gradient: by how much dropping the component alone raises the loss of harmful answers, to first "
+        "order; activation: Antidote's own, singular value times what harmful rows put through it",
     )
     granularity: Literal["tensor", "global"] = Field("global", description="within each module, or over all of them")
     spare: tuple[Spare, ...] = Field((), description="rows whose own score of a component counts against dropping it")
@@ -149,11 +149,11 @@ class AntidoteDeltaSpec(MethodSpec):
     implementation: ClassVar[str] = "antidote_delta:prepare"
     needs: ClassVar[frozenset[str]] = frozenset({"harmful"})
     paper: ClassVar[str] = "Antidote as its paper describes it, on the update: arXiv 2408.09600"
-    grid: ClassVar[tuple[float, ...]] = (0.05, 0.1, 0.2, 0.4, 0.6)
+    grid: ClassVar[tuple[float, ...]] = (0.01, 0.02, 0.05, 0.1, 0.2)
     family: ClassVar[Family] = "surgery"
     gentleness: ClassVar[int] = 25
 
-    strength: float = Field(0.2, ge=0, le=1, description="mask ratio (the paper's alpha)")
+    strength: float = Field(0.05, ge=0, le=1, description="mask ratio (the paper's alpha)")
     form: Literal["adapter", "patch"] = ADAPTER_FORM
     norm: Literal["rms", "mean"] = Field("rms", description="activation norm: as the code (rms) or the paper (mean)")
     granularity: Granularity = Field("tensor", description="where the top-k is taken")

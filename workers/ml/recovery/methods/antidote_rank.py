@@ -1,15 +1,17 @@
 """Antidote on rank components: drops whole singular components of the update, those harmful data uses most.
 
-Paper: the score of Antidote (ICML 2025, arXiv 2408.09600) on s * B @ A = sum of sigma_k u_k v_k^T; the form is this
-project's. The result is an adapter of the job's rank, does not depend on how B and A share their scale, and explains
+Paper: Antidote (ICML 2025, arXiv 2408.09600) on s * B @ A = sum of sigma_k u_k v_k^T; the form is this project's, and
+so is the score `gradient`, its default. The result is an adapter of the job's rank, does not depend on how B and A share their scale, and explains
 itself: "3 of 16 components of this module were removed".
 `activation`: sigma_k * ||v_k^T X||, with ||.|| the root of the mean over harmful rows of the squares summed over their
 tokens. It needs v_k^T x of every token: norms of the single channels would not do. One forward.
 `gradient`: by how much the loss of harmful answers rises, to first order, when the component alone is dropped:
 -<dL/d delta, sigma_k u_k v_k^T> = -B_k . dL/dB_k in the balanced gauge, from one gradient over the rows.
-With `spare`, the same score on the customer's or the retention rows counts against dropping: each set's scores are
-divided by the sum of their absolute values over the whole adapter, so that what is compared are shares, and
-`spare_weight` of the spared sets' shares is subtracted.
+With `spare`, the size of the same score on the customer's or the retention rows counts against dropping. In either
+direction: a fine-tune ends where the slope of its own loss is nearly zero, so that the sign left is chance, and taken
+at its word it made the method drop what the task needs. Units: each set's scores are divided by the sum of their
+absolute values over the whole adapter, so that what is compared are shares.
+score = harmful share - spare_weight * sum over spared sets of |share|.
 What it does not do: look at components together (each is judged as if dropped alone), or cut a component in two.
 """
 
@@ -44,7 +46,7 @@ def prepare(tuned: TunedModel, spec: AntidoteRankSpec, inputs: RecoveryInputs, p
     for role in spec.spare:
         rows = encode_task(tuned, inputs.task) if role == "task" else encode_answers(tuned, inputs.retention)
         spared = _shares(component_scores(tuned, spec, components, rows[: spec.max_rows], progress))
-        scores = {name: score - spec.spare_weight * spared[name] for name, score in scores.items()}
+        scores = {name: score - spec.spare_weight * spared[name].abs() for name, score in scores.items()}
     order = prune_order(scores, spec.granularity)
     return dropping_path(components, order, raw, facts={"harmful_rows": len(harmful)})
 
