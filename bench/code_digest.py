@@ -1,4 +1,4 @@
-"""What code a measured figure depends on: a digest over a module and everything of the library that it imports.
+"""What code a measured figure depends on: a digest over a module and everything of ours that it imports.
 
 Knows: imports, read from the source without running it; that comments, docstrings and layout change no figure.
 Refuses to know: what is measured.
@@ -10,18 +10,20 @@ import ast
 from collections.abc import Iterable, Iterator
 from functools import cache
 from hashlib import sha256
+from importlib import metadata
 from pathlib import Path
 
 from workers import ml
 
-PACKAGE = "workers.ml"
-ROOT = Path(ml.__file__).parent
+ROOT = Path(ml.__file__).parent.parent.parent
+OURS = ("workers.ml.", "bench.")
 # Specs are data of a figure's own key, and pictures and reports show figures that exist.
 LEFT_OUT = frozenset({"workers.ml.recovery.specs", "workers.ml.types", "workers.ml.errors"})
 
 
 def code_digest(modules: Iterable[str]) -> str:
-    """sha256 over the code of these modules and of all they import from the library, directly or not."""
+    """sha256 over the code of these modules and of all they import from the library, directly or not, and over the
+    versions of what computes."""
     found: set[str] = set()
     waiting = list(modules)
     while waiting:
@@ -29,11 +31,13 @@ def code_digest(modules: Iterable[str]) -> str:
         if name not in found and name not in LEFT_OUT:
             found.add(name)
             waiting += _imports(name)
-    return sha256("".join(f"{name}:{_code(name)}\n" for name in sorted(found)).encode()).hexdigest()
+    parts = [f"{name}:{_code(name)}" for name in sorted(found)]
+    parts += [f"{name}=={metadata.version(name)}" for name in ("torch", "transformers", "peft")]
+    return sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _path(name: str) -> Path:
-    return ROOT.joinpath(*name.removeprefix(PACKAGE).strip(".").split(".")).with_suffix(".py")
+    return ROOT.joinpath(*name.split(".")).with_suffix(".py")
 
 
 @cache
@@ -52,7 +56,7 @@ def _named(node: ast.AST) -> Iterator[str]:
         names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
     elif isinstance(node, ast.Import):
         names = [alias.name for alias in node.names]
-    return (name for name in names if name.startswith(f"{PACKAGE}.") and _path(name).is_file())
+    return (name for name in names if name.startswith(OURS) and _path(name).is_file())
 
 
 @cache

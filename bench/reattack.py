@@ -21,7 +21,7 @@ import torch
 from bench.cells import CELLS
 from bench.code_digest import code_digest
 from bench.recovery import STORE
-from bench.study import MEASURING, TRAINING, Store, Study
+from bench.study import MEASURING, TRAINING, Store, Study, modules_of
 from workers.ml.candidate import Candidate, applied
 from workers.ml.evals.harmful_score import harmful_score
 from workers.ml.evals.sets import EvaluationSets
@@ -38,9 +38,10 @@ SEEDS = (0, 1, 2)
 
 def curves(study: Study, clean: Study) -> dict[str, list[dict[str, Any]]]:
     """For each model one curve a learning rate."""
-    methods = (f"workers.ml.recovery.methods.{name}" for name in ("anchored_patch", "safety_patch"))
+    methods = [module for spec in default_specs() for module in modules_of(spec)]
     code = code_digest((*MEASURING, *TRAINING, "workers.ml.recovery.reattack", "workers.ml.recovery.search", *methods))
-    key = {**study.key, "reattack": [ROWS, RATES], "code": code}
+    plans = [{**spec.model_dump(mode="json"), "strengths": spec.strengths} for spec in default_specs()]
+    key = {**study.key, "clean": clean.key, "specs": plans, "reattack": [ROWS, RATES, LEVELS], "code": code}
     found: dict[str, list[dict[str, Any]]] = study.kept(key, lambda: _measure(study, clean))
     return found
 

@@ -129,7 +129,7 @@ def run_auto(study: Study) -> AutoResult:
     """Search on the selection sets, confirmation as the product does it, and every column of what came out."""
     specs = default_specs()
     code = code_digest((*MEASURING, *TRAINING, "workers.ml.recovery.search", "workers.ml.evals.confirm", *_modules()))
-    plans = [spec.model_dump(mode="json") for spec in specs]
+    plans = [{**spec.model_dump(mode="json"), "strengths": spec.strengths, "monotone": spec.monotone} for spec in specs]
     key = {**study.key, "missed": study.cell.missed, "auto": plans, "limits": asdict(study.limits), "code": code}
     kept = dict(study.kept(key, lambda: asdict(_run_auto(study, SearchPlan(specs, study.limits)))))
     point = kept.pop("point")
@@ -150,7 +150,9 @@ def _run_auto(study: Study, plan: SearchPlan) -> AutoResult:
         examiner=study.examiner,
         limits=study.limits,
     )
-    last, winner = tests[-1], found.winner
+    last = tests[-1]
+    found = found.confirmed(last.number)
+    winner = found.winner
     decided = found.candidates[last.number] if found.candidates else None
     smaller = [r for r in found.trace if winner and r.kl is not None and r.kl < (winner.kl or 0.0) and not r.passed]
     nearest = max(smaller, key=lambda record: record.kl or 0.0, default=None)

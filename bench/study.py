@@ -54,7 +54,12 @@ MEASURING = (
     "workers.ml.recovery.deltas",
     "workers.ml.recovery.selection",
 )
-TRAINING = ("workers.ml.tuning.loop", "workers.ml.customer_rows")
+TRAINING = (
+    "workers.ml.tuning.loop",
+    "workers.ml.customer_rows",
+    "workers.ml.apothecary.customer",
+    "workers.ml.apothecary.attacks",
+)
 # One test of one candidate on all confirmation prompts: nothing is shared out.
 ONE_TEST = GateLimits(planned_confirmations=1)
 

@@ -174,6 +174,11 @@ def _check_method(body: PolicyBody, recovery: MethodSpec) -> None:
             code="recovery_method_not_offered",
             param="recovery.method",
         )
+    if recovery.output == "sparse-patch":
+        raise InvalidRequest(
+            f"Recovery {name!r} with form 'patch' gives no adapter that could be released; ask for form 'adapter'.",
+            param="recovery.form",
+        )
     if recovery.strength == 0 and not body.allow_unrepaired:
         raise InvalidRequest("This policy does not allow strength 0, which repairs nothing.", param="recovery.strength")
 

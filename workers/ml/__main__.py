@@ -137,6 +137,9 @@ def _guarded(given: argparse.Namespace) -> int:
     except LibraryError as error:
         print(f"{error.code}: {error.message}" + (f" [{error.param}]" if error.param else ""), file=sys.stderr)
         return _code_of(error)
+    except OSError as error:
+        print(f"system_file: {error}", file=sys.stderr)
+        return RETRY
     except Exception:
         traceback.print_exc()
         return BUG
@@ -147,6 +150,10 @@ def recover(given: argparse.Namespace) -> int:
     from workers.ml.recovery import library  # room: lazy-import `methods` must not load torch
 
     method: str | MethodSpec = given.method
+    if method == library.AUTO and given.strength is not None:
+        raise InvalidSetting(
+            "A search finds the strength by itself; leave --strength out, or name a method.", "strength"
+        )
     if method != library.AUTO:
         method = library.method_of(_json_or_name(given.method))
         if given.strength is not None:
@@ -165,7 +172,7 @@ def recover(given: argparse.Namespace) -> int:
     else:
         print("nothing that was tried passes; the trace says why")
     print(f"written: {given.out}")
-    return DONE if result.candidate is not None and result.verdict in ("pass", "not confirmed") else NOTHING_PASSED
+    return DONE if result.usable else NOTHING_PASSED
 
 
 def _json_or_name(text: str) -> Any:
@@ -181,18 +188,21 @@ def bench(given: argparse.Namespace) -> int:
     from workers.ml.evals.measure import AnswerSettings, Examiner  # room: lazy-import `methods` must not load torch
     from workers.ml.recovery import library  # room: lazy-import `methods` must not load torch
     from workers.ml.recovery.sweep import sweep, write  # room: lazy-import `methods` must not load torch
+    from workers.ml.recovery.trace import CandidateRecord  # room: lazy-import `methods` must not load torch
 
     specs = [library.method_of(name) for name in given.methods or [method_name(spec) for spec in SPECS]]
     tuned = library.load(given.base, given.adapter, device=given.device)
     data = library.read_data(given.sets, task=given.task, pretrained=given.pretrained, judge=given.judge)
     library.require_measuring_sets(data)
     examiner = Examiner(data.judge, AnswerSettings(max_answer_tokens=given.max_answer_tokens), Spoken())
-    records = []
-    for record in sweep(tuned, specs, inputs=data.inputs, sets=data.selection, examiner=examiner):
-        records.append(record)
-        outcome = "passes" if record.passed else record.why
-        print(f"{record.label:40} {record.strength:<6g} {outcome}", flush=True)
-    write(given.out, records)
+    records: list[CandidateRecord] = []
+    try:
+        for record in sweep(tuned, specs, inputs=data.inputs, sets=data.selection, examiner=examiner):
+            records.append(record)
+            outcome = "passes" if record.passed else record.why
+            print(f"{record.label:40} {record.strength:<6g} {outcome}", flush=True)
+    finally:
+        write(given.out, records)  # what was measured before an interruption is worth having
     print(f"written: {given.out}")
     return DONE
 

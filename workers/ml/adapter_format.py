@@ -81,11 +81,19 @@ def check_config(config: Mapping[str, Any]) -> None:
             f"The adapter was initialised by {config['init_lora_weights']!r}, which changes the base model.",
             "init_lora_weights",
         )
-    if not isinstance(config.get("r"), int) or config["r"] < 1 or not math.isfinite(config.get("lora_alpha", 0)):
-        raise UnsupportedAdapter("The adapter's rank or alpha is not a number.", "r")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1:
+        raise UnsupportedAdapter(f"The adapter's rank is {rank!r}; it must be a whole number of at least 1.", "r")
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
+        raise UnsupportedAdapter(f"The adapter's lora_alpha is {alpha!r}; it must be a number above 0.", "lora_alpha")
     targets = config.get("target_modules")
     if not isinstance(targets, list) or not targets or any("." in str(name) for name in targets):
         raise UnsupportedAdapter("target_modules must list leaf names of modules.", "target_modules")
+    if ends := sorted({"lm_head", "embed_tokens"} & set(targets)):
+        # With tied embeddings an edit at one end changes both, and servers refuse such adapters.
+        raise UnsupportedAdapter(
+            f"The adapter sits on {', '.join(ends)}, which no recovery may touch.", "target_modules"
+        )
 
 
 def validate_adapter(folder: Path, base: torch.nn.Module) -> AdapterFacts:
@@ -94,13 +102,22 @@ def validate_adapter(folder: Path, base: torch.nn.Module) -> AdapterFacts:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise IntegrityError(f"The adapter folder has no {name}.", "path")
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    check_config(config)
+    check_config(config := _read_config(folder / CONFIG_FILE))
     rank, alpha = config["r"], float(config["lora_alpha"])
     targets = linear_targets(base, set(config["target_modules"]))
     _check_weights((folder / WEIGHTS_FILE).read_bytes(), _expected_shapes(targets, rank))
     scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return AdapterFacts(rank, alpha, scaling, targets)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise IntegrityError(f"{path.name} is not JSON: {error}", "path") from error
+    if not isinstance(config, dict):
+        raise IntegrityError(f"{path.name} is not a JSON object.", "path")
+    return config
 
 
 def _expected_shapes(targets: Mapping[str, tuple[int, int]], rank: int) -> dict[str, tuple[int, ...]]:

@@ -148,16 +148,23 @@ class SideTerms:
     def swapped(self, terms: Mapping[str, SideTerm]) -> Iterator[None]:
         """Other terms for a moment, in place of and not on top of the present ones."""
         kept = self._terms
-        self._install(terms)
         try:
+            self._install(terms)
             yield
         finally:
             self._install(kept)
 
     def _install(self, terms: Mapping[str, SideTerm]) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = [self._model.get_submodule(name).register_forward_hook(_adder(t)) for name, t in terms.items()]
+        while self._handles:
+            self._handles.pop().remove()
+        for name, term in terms.items():
+            try:
+                module = self._model.get_submodule(name)
+            except AttributeError:
+                raise InvalidSetting(
+                    f"The model has no layer {name!r} for a side term to stand beside.", name
+                ) from None
+            self._handles.append(module.register_forward_hook(_adder(term)))
         self._terms = terms
 
 

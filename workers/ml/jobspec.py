@@ -10,10 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from workers.ml.gate import GateLimits
-from workers.ml.recovery.specs import RecoverySpec, TrainingSpec
+from workers.ml.recovery.specs import MethodSpec, RecoverySpec, TrainingSpec, method_name
 from workers.ml.settings import Frozen, LoraSettings
 
 Auto = Literal["auto"]
@@ -57,6 +57,16 @@ class RecoveryPlan(Frozen):
     budget_seconds: float = Field(600.0, gt=0)
     budget_evaluations: int = Field(64, ge=1)
     training: TrainingSpec | None = None
+
+    @field_validator("specs")
+    @classmethod
+    def _releasable(cls, specs: tuple[MethodSpec, ...]) -> tuple[MethodSpec, ...]:
+        for spec in specs:
+            if spec.output == "sparse-patch":
+                raise ValueError(
+                    f"{method_name(type(spec))!r} with form 'patch' gives no adapter that could be released"
+                )
+        return specs
 
 
 class JudgeChoice(Frozen):

@@ -139,7 +139,13 @@ def _recover(walk: _Walk) -> None:
         return
     walk.found = search(
         walk.tuned,
-        SearchPlan(_specs(plan), prepared.spec.limits, plan.budget_seconds, plan.budget_evaluations),
+        SearchPlan(
+            _specs(plan),
+            prepared.spec.limits,
+            plan.budget_seconds,
+            plan.budget_evaluations,
+            refinements=0 if plan.mode == "fixed" else 1,
+        ),
         inputs=RecoveryInputs(
             harmful=prepared.sets["harmful"],
             refusals=prepared.sets["refusals"],
@@ -180,6 +186,8 @@ def _gate(walk: _Walk) -> list[Confirmation]:
         limits=prepared.spec.limits,
         flagged_task_rows=int(prepared.rows.counts["held_out_rows_flagged"]),
     )
+    if walk.found is not None:
+        walk.found = walk.found.confirmed(confirmations[-1].number)
     judged = adapters[confirmations[-1].number] if adapters else walk.folder / "out" / "train" / "adapter"
     assemble(judged, prepared.spec.base.path, walk.folder / "out" / "gate" / CANDIDATE_FOLDER)
     return confirmations

@@ -175,8 +175,13 @@ def spoil_overlap(world: Path) -> None:
 
 BAD = {
     "nan": (spoil_nan, [], USER_ERROR, "not finite"),
-    "rank 0": (lambda w: spoil_config(w, r=0), [], USER_ERROR, "rank or alpha"),
+    "rank 0": (lambda w: spoil_config(w, r=0), [], USER_ERROR, "at least 1"),
     "dora": (lambda w: spoil_config(w, use_dora=True), [], USER_ERROR, "use_dora"),
+    "negative alpha": (lambda w: spoil_config(w, lora_alpha=-8), [], USER_ERROR, "above 0"),
+    "on the head": (lambda w: spoil_config(w, target_modules=["lm_head"]), [], USER_ERROR, "no recovery may touch"),
+    "broken config": (lambda w: (w / "adapter" / "adapter_config.json").write_text("{"), [], RETRY, "is not JSON"),
+    "no task file": (lambda w: (w / "task.jsonl").unlink(), [], RETRY, "task.jsonl"),
+    "strength of a search": (lambda w: None, ["--strength", "1"], USER_ERROR, "by itself"),
     "adapter of another base": (spoil_base, [], RETRY, "lora_"),
     "quantised base": (spoil_quantised, [], USER_ERROR, "Quantised"),
     "zero adapter": (spoil_zero, ["--method", "panacea"], USER_ERROR, "no direction"),

@@ -85,6 +85,21 @@ def balanced_factors(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     return balanced_B, balanced_A
 
 
+def mixed(vector: LoraVector, start: Tensor, end: Tensor, share: float) -> Tensor:
+    """Factors of the job's rank nearest to (1 - share) * delta_start + share * delta_end, module by module, balanced.
+
+    For two points whose factors are different splits of their updates: between the factors themselves lies nothing.
+    """
+    before, after, parts = vector.split(start), vector.split(end), {}
+    for pair in vector.pairs():
+        a, b = pair.a_name, pair.b_name
+        B = torch.cat([(1 - share) * before[b], share * after[b]], dim=1)
+        wide_B, wide_A = balanced_factors(B, torch.cat([before[a], after[a]]))
+        rank = len(before[a])
+        parts[b], parts[a] = wide_B[:, :rank].contiguous(), wide_A[:rank].contiguous()
+    return vector.join(parts)
+
+
 def balanced(vector: LoraVector, values: Tensor) -> Tensor:
     """The same weight change with every pair of factors balanced."""
     parts = dict(vector.split(values))

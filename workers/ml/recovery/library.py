@@ -50,7 +50,8 @@ from workers.ml.tuning.lora_vector import LoraVector
 from workers.ml.types import Judge, Progress, PromptRow, Silent
 
 AUTO = "auto"
-ADAPTER_FOLDER, PATCH_FOLDER, REPORT_FILE, TRACE_FILE = "adapter", "patch", "report.json", "trace.json"
+ADAPTER_FOLDER, PATCH_FOLDER, BLOCKED_FOLDER = "adapter", "patch", "blocked"
+REPORT_FILE, TRACE_FILE = "report.json", "trace.json"
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,11 @@ class Result:
     def verdict(self) -> str:
         """That of the last confirmation; "not confirmed" for a method that was applied and not measured."""
         return self.confirmations[-1].verdict.outcome.value if self.confirmations else "not confirmed"
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is a candidate that no confirmation spoke against."""
+        return self.candidate is not None and self.verdict in ("pass", "not confirmed")
 
 
 def load(
@@ -152,7 +158,7 @@ def recover(
     answers: AnswerSettings | None = None,
     progress: Progress | None = None,
 ) -> Result:
-    """One method at its strength, or with "auto" the smallest change that passes, confirmed once.
+    """One method at its strength, or with "auto" the smallest change that passes, confirmed on prompts that nothing was chosen on.
 
     Raises MissingInput before any work where a declared need is empty. The adapter of `tuned` stays where it is: see
     `workers.ml.candidate.applied` for computing as the candidate, and `save`.
@@ -169,7 +175,7 @@ def recover(
     found = search(tuned, plan, inputs=data.inputs, sets=data.selection, examiner=examiner, progress=progress)
     tests = confirm(tuned, found.candidates, sets=data.confirmation, examiner=examiner, limits=limits)
     decided = found.candidates[tests[-1].number] if found.candidates else None
-    return Result(decided, None, found, tuple(tests))
+    return Result(decided, None, found.confirmed(tests[-1].number), tuple(tests))
 
 
 def require_measuring_sets(data: Data) -> None:
@@ -189,7 +195,8 @@ def require_measuring_sets(data: Data) -> None:
 def save(tuned: TunedModel, result: Result, folder: Path | str) -> None:
     """Writes `adapter/` (or `patch/` for a sparse patch), the report, and after a search its trace and pictures.
 
-    The folder must not exist: what was recovered before is never written over.
+    The folder must not exist: what was recovered before is never written over. What a confirmation did not pass lies below
+    `blocked/`, for people who want to see why, and not where a script would take it from.
     """
     folder = Path(folder)
     if folder.exists():
@@ -204,13 +211,14 @@ def save(tuned: TunedModel, result: Result, folder: Path | str) -> None:
         for name, content in files.items():
             (into / name).write_bytes(content)
         if result.candidate is not None:
-            _save_candidate(tuned, result.candidate, into)
+            _save_candidate(tuned, result.candidate, into if result.usable else into / BLOCKED_FOLDER)
 
     fill_folder(folder, fill)
 
 
 def _save_candidate(tuned: TunedModel, candidate: Candidate, into: Path) -> None:
     """A sparse patch goes beside the adapter it belongs to, which stays as it was."""
+    into.mkdir(exist_ok=True)
     save_candidate(tuned, candidate if candidate.is_adapter else Candidate(candidate.factors), into / ADAPTER_FOLDER)
     if not candidate.is_adapter:
         adapter = digest_folder(into / ADAPTER_FOLDER).digest

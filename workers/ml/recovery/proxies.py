@@ -146,12 +146,8 @@ def _as_said(tuned: TunedModel, one: Answered) -> EncodedRow | None:
 
 
 def is_trusted(proxy: Measurement, measured: Measurement | None) -> bool:
-    """Whether a proxy of a rate reproduced what was measured."""
-    return bool(proxy.n and measured and measured.n) and abs(proxy.value - _value(measured)) <= TRUSTED_WITHIN
-
-
-def _value(measured: Measurement | None) -> float:
-    return math.nan if measured is None else measured.value
+    """Whether a proxy of a rate read the same rows and reproduced what was measured."""
+    return measured is not None and proxy.n == measured.n > 0 and abs(proxy.value - measured.value) <= TRUSTED_WITHIN
 
 
 def _mean_loss(read: Sequence[_Read]) -> float | None:

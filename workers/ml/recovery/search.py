@@ -1,8 +1,9 @@
 """`auto`: the smallest change that passes.
 
 Knows: diagnose first; then families of methods from surgery to patches, every point of every dial read by cheap proxies;
-what these show to be hopeless is dropped without a word generated, and the rest answers the selection prompts in the
-order of its divergence from the raw fine-tune, until nothing that differs less is left.
+what these know to be harmful is dropped without a word generated, and the rest answers the selection prompts in the
+order of its divergence from the raw fine-tune, until nothing that differs less is left. What they only doubt is heard
+when nothing else passes.
 Refuses to know: what any method does, and the confirmation sets. What it finds is a proposal for the gate.
 
 Dials are walked on a grid: at small sizes they are steep and not all of them monotone. Only below the winner, and only on
@@ -12,12 +13,12 @@ a dial that its spec calls monotone, the grid is refined by bisection.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from workers.ml.candidate import Candidate, applied
-from workers.ml.errors import InvalidSetting, MissingInput, NumericError
+from workers.ml.errors import Cancelled, InvalidSetting, LibraryError
 from workers.ml.evals.measure import Examiner, Measured, first_look
 from workers.ml.evals.sets import EvaluationSets
 from workers.ml.evals.task_loss import loss_rise
@@ -36,6 +37,7 @@ from workers.ml.recovery.trace import RAW, CandidateRecord, Dial, SearchPlan, Se
 from workers.ml.tuned_model import TunedModel, aligned
 from workers.ml.types import Progress
 
+Result = TypeVar("Result")
 CASCADE: tuple[Family, ...] = ("surgery", "perturbation", "closed-form", "patch", "control", "composition")
 OUT_OF_BUDGET = "not tried: the budget of the search is used up"
 
@@ -56,6 +58,7 @@ def search(
             # A composition costs as much as its parts together; it is for jobs that no single method repairs.
             if family != "composition" or run.best is None:
                 run.try_family([spec for spec in plan.specs if spec.family == family])
+        run.hear_the_rest()
         run.refine()
         run.stand_by()
     return run.result()
@@ -92,6 +95,7 @@ class _Search:
         self._records: list[CandidateRecord] = []
         self._dials: list[Dial] = []
         self._waiting: list[_Point] = []
+        self._deferred: list[_Point] = []  # proxies speak against them, but cannot know
         self._passing: list[_Point] = []
         self._base = examiner.measure_base(tuned, sets)
         self._raw = examiner.measure_raw(tuned, sets, self._start)
@@ -152,65 +156,89 @@ class _Search:
         """Every dial of the family by proxies, then by answers what is left of them, least divergence first."""
         for spec in sorted(specs, key=lambda one: one.gentleness):
             self._sound_dial(spec)
-        for point in sorted(self._waiting, key=lambda point: (self._kl(point), point.place)):
+        self._hear(self._waiting)
+
+    def hear_the_rest(self) -> None:
+        """Where nothing passes, the points that proxies only doubted are heard after all."""
+        if self.best is None:
+            self._hear(self._deferred)
+
+    def _hear(self, points: list[_Point]) -> None:
+        for point in sorted(points, key=lambda point: (self._kl(point), point.place)):
             if self.best is not None and self._kl(point) >= self._kl(self.best):
                 self._drop(point, "not tried: a candidate that differs less from the raw fine-tune passes")
             else:
                 self._look(point)
-        self._waiting.clear()
+        points.clear()
 
     def _sound_dial(self, spec: MethodSpec) -> None:
-        path: StrengthPath | None = None
-        for strength in spec.strengths:
-            record = CandidateRecord(method_name(type(spec)), strength, spec.model_dump(mode="json"), label=label(spec))
-            if self._over_time():
+        plain = CandidateRecord(method_name(type(spec)), 0.0, spec.model_dump(mode="json"), label=label(spec))
+        records = [replace(plain, strength=strength) for strength in spec.strengths]
+        late = self._over_time(spec.family)
+        path = None if late else self._guarded(records[0], lambda: self._prepare(spec))
+        began = self._dials[-1].seconds if path else 0.0
+        for record in records if late or path else ():
+            if path is None or self._over_time(spec.family):
                 self._keep(replace(record, why=OUT_OF_BUDGET))
-                continue
-            began = time.monotonic()
-            try:
-                path = path or self._prepare(spec)
-                self._sound(record, spec, path, began)
-            except (NumericError, MissingInput, InvalidSetting) as error:
-                self._keep(replace(record, why=f"not tried: {error}", seconds=time.monotonic() - began))
-                return
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                # A method that needs more memory than there is must not cost the job the others.
-                self._keep(replace(record, why="not tried: out of memory", seconds=time.monotonic() - began))
+            else:
+                self._sound(record, spec, path, spent=began)
+                began = 0.0
+
+    def _guarded(
+        self, record: CandidateRecord, action: Callable[[], Result], place: int | None = None
+    ) -> Result | None:
+        """The action's outcome; where it fails by itself, None and a record that says why: one method, or one point of
+        it, must not cost the job the others."""
+        try:
+            return action()
+        except (LibraryError, RuntimeError, MemoryError) as error:
+            if isinstance(error, Cancelled) or not (isinstance(error, LibraryError) or is_out_of_memory(error)):
+                raise
+            if is_out_of_memory(error):
                 release_reserve()
-                return
+            why = "out of memory" if is_out_of_memory(error) else str(error)
+            self._keep(replace(record, why=f"not tried: {why}"), place)
+            return None
 
     def _prepare(self, spec: MethodSpec) -> StrengthPath:
         if spec.output == "sparse-patch":
             raise InvalidSetting("a sparse patch cannot be released; ask for its adapter form", "form")
         began = time.monotonic()
         path = prepare(self._tuned, spec, self._inputs, self._progress)
-        seconds = time.monotonic() - began
-        # At its own strength a spec may be the identity, which acts nowhere.
-        shares = affinity(self._tuned, path.at(spec.strength), self._start)
-        self._dials.append(Dial(label(spec), seconds, path.facts, shares))
+        self._dials.append(Dial(label(spec), time.monotonic() - began, path.facts, {}))
         return path
 
-    def _sound(self, record: CandidateRecord, spec: MethodSpec, path: StrengthPath, began: float) -> _Point | None:
+    def _sound(self, record: CandidateRecord, spec: MethodSpec, path: StrengthPath, *, spent: float) -> _Point | None:
         """Reads one strength by proxies; a point that may pass waits for its look, and is returned."""
-        candidate = path.at(record.strength)
-        with applied(self._tuned, candidate):
-            kl, read = self._drift(), self._proxies()
-        change = relative_change(self._tuned.vector, candidate, self._start)
-        record = replace(record, kl=kl, proxies=read, relative_change=change, facts=path.facts_at(record.strength))
-        why = "; ".join(self._foresight.faults(read))
-        record = replace(record, looked="proxies", why=why, seconds=time.monotonic() - began)
-        if why:
-            self._keep(record)
+        began = time.monotonic() - spent
+        sounded = self._guarded(record, lambda: self._read(record, path))
+        if sounded is None:
             return None
+        certain, doubts = self._foresight.faults(sounded.proxies) if sounded.proxies else ([], [])
+        sounded = replace(sounded, looked="proxies", why="; ".join(certain + doubts), seconds=time.monotonic() - began)
         point = _Point(len(self._records), spec, path, record.strength)
-        self._records.append(record)
+        if sounded.why:
+            self._keep(sounded)
+            self._deferred += [] if certain else [point]
+            return None
+        self._records.append(sounded)
         self._waiting.append(point)
         return point
 
-    def _over_time(self) -> bool:
-        return time.monotonic() - self._started > self._plan.budget_seconds
+    def _read(self, record: CandidateRecord, path: StrengthPath) -> CandidateRecord:
+        candidate = path.at(record.strength)
+        with applied(self._tuned, candidate):
+            kl, read = self._drift(), self._proxies()
+        if self._dials and self._dials[-1].label == record.label and not self._dials[-1].affinity:
+            shares = affinity(self._tuned, candidate, self._start)
+            self._dials[-1] = replace(self._dials[-1], affinity=shares)
+        change = relative_change(self._tuned.vector, candidate, self._start)
+        return replace(record, kl=kl, proxies=read, relative_change=change, facts=path.facts_at(record.strength))
+
+    def _over_time(self, family: Family | None = None) -> bool:
+        """Patches repair most and come late: what comes before them may use up half of the time."""
+        share = 1.0 if family in (None, "patch", "composition") else 0.5
+        return time.monotonic() - self._started > share * self._plan.budget_seconds
 
     def _look(self, point: _Point) -> bool:
         """A first look at a few prompts of every set, and a full one unless that has already decided."""
@@ -218,8 +246,17 @@ class _Search:
             self._drop(point, OUT_OF_BUDGET)
             return False
         self._evaluations += 1
-        began, record = time.monotonic(), self._records[point.place]
-        task_loss = None
+        record = self._records[point.place]
+        heard = self._guarded(record, lambda: self._hear_point(point, record), point.place)
+        if heard is None:
+            return False
+        if heard.passed:
+            self._passing.append(point)
+        self._keep(heard, point.place)
+        return heard.passed
+
+    def _hear_point(self, point: _Point, record: CandidateRecord) -> CandidateRecord:
+        began, task_loss = time.monotonic(), None
         with applied(self._tuned, point.path.at(point.strength)):
             measured = self._examiner.measure(self._tuned, self._first)
             faults = shortcomings(self._evidence(*at_best(measured, self._raw, self._sets)), self._plan.limits)
@@ -230,7 +267,7 @@ class _Search:
                 measured += self._examiner.measure(self._tuned, self._rest)
                 task_loss = self._task_loss(record.proxies)
                 faults, full = self._faults(measured, task_loss), True
-        record = replace(
+        return replace(
             record,
             looked="full" if full else "first",
             measures=measured.measures(),
@@ -241,14 +278,10 @@ class _Search:
             passed=not faults,
             why="; ".join(faults),
         )
-        if record.passed:
-            self._passing.append(point)
-        self._keep(record, point.place)
-        return record.passed
 
     def _task_loss(self, read: ProxyReading | None) -> LossRise | None:
-        """None where exact match tells enough."""
-        if read is None or not needs_task_loss(self._raw.measures()):
+        """None where exact match tells enough, or where there are too few rows for a mean and its error."""
+        if read is None or len(read.task_row_losses) < 2 or not needs_task_loss(self._raw.measures()):
             return None
         return loss_rise(self._raw_proxies.task_row_losses, read.task_row_losses)
 
@@ -260,10 +293,13 @@ class _Search:
         name, high = label(best.spec), best.strength
         below = [r.strength for r in self._records if r.label == name and r.strength < high and not r.passed]
         low = max(below, default=0.0)
+        winner = self._records[best.place]
+        blank = CandidateRecord(winner.method, 0.0, winner.spec, label=name)
         for _ in range(self._plan.refinements):
+            if self._over_time():
+                break
             middle = (low + high) / 2
-            record = replace(self._records[best.place], strength=middle, taken=False, passed=False, measures=None)
-            point = self._sound(replace(record, task=None, slices={}), best.spec, best.path, time.monotonic())
+            point = self._sound(replace(blank, strength=middle), best.spec, best.path, spent=0.0)
             if point is not None and self._look(point):
                 high = middle
             else:
@@ -280,13 +316,13 @@ class _Search:
         for strength in stronger:
             if len(self._passing) >= self._plan.limits.planned_confirmations:
                 return
-            place = tried[label(best.spec), strength]
-            if self._records[place].looked == "proxies" and not self._is_hopeless(place):
+            place = tried.get((label(best.spec), strength))
+            if place is not None and self._records[place].looked == "proxies" and not self._is_hopeless(place):
                 self._look(_Point(place, best.spec, best.path, strength))
 
     def _is_hopeless(self, place: int) -> bool:
         read = self._records[place].proxies
-        return read is None or bool(self._foresight.faults(read))
+        return read is None or any(self._foresight.faults(read))
 
     def _drop(self, point: _Point, why: str) -> None:
         self._keep(replace(self._records[point.place], why=why), point.place)
@@ -312,7 +348,7 @@ class _Search:
         """Ranks what passed by its drift and writes down why each was not taken."""
         if self.raw_record.passed:
             raw = replace(self.raw_record, taken=True, why="passes as it is: nothing was changed")
-            return self._result(raw, raw, (Candidate(self._start),))
+            return self._result(raw, [raw], [Candidate(self._start)])
         order = sorted(self._passing, key=lambda point: (self._kl(point), point.place))
         for rank, point in enumerate(order):
             why = (
@@ -323,27 +359,30 @@ class _Search:
             )
             self._records[point.place] = replace(self._records[point.place], taken=rank == 0, why=why)
         worth = order[: self._plan.limits.planned_confirmations]
-        candidates = tuple(point.path.at(point.strength) for point in worth)
-        if candidates:
-            with applied(self._tuned, candidates[0]):
-                self._embedding_drift["candidate"] = self._embeddings()
-        winner = self._records[order[0].place] if order else None
-        return self._result(self.raw_record, winner, candidates)
+        records = [self._records[point.place] for point in worth]
+        return self._result(self.raw_record, records, [point.path.at(point.strength) for point in worth])
 
     def _result(
-        self, raw: CandidateRecord, winner: CandidateRecord | None, candidates: tuple[Candidate, ...]
+        self, raw: CandidateRecord, records: Sequence[CandidateRecord], candidates: Sequence[Candidate]
     ) -> SearchResult:
-        return SearchResult(
+        drifts = []
+        for candidate in candidates:
+            with applied(self._tuned, candidate):
+                drifts.append(self._embeddings())
+        found = SearchResult(
             raw=raw,
             base=self._base.measures(),
             trace=tuple(self._records),
             dials=tuple(self._dials),
-            winner=winner,
-            candidates=candidates,
+            winner=records[0] if records else None,
+            candidates=tuple(candidates),
+            records=tuple(records),
             embedding_drift=self._embedding_drift,
+            candidate_drifts=tuple(drifts),
             evaluations=self._evaluations,
             seconds=time.monotonic() - self._started,
         )
+        return found.confirmed(0)
 
 
 def _plain(measured: Measured) -> dict[str, Any]:

@@ -68,6 +68,11 @@ class MethodSpec(Spec):
         return self.dial or self.grid
 
     @property
+    def regauges(self) -> bool:
+        """Whether a candidate's factors are another split of its update than the job's: then only updates compare."""
+        return False
+
+    @property
     def output(self) -> Output:
         """What a candidate of this spec is. Only adapters can be released."""
         return "adapter"
@@ -115,6 +120,10 @@ class AntidoteRankSpec(MethodSpec):
 
     def required_inputs(self) -> frozenset[str]:
         return self.needs | set(self.spare)
+
+    @property
+    def regauges(self) -> bool:
+        return True
 
 
 class AntidoteSpec(MethodSpec):
@@ -170,6 +179,10 @@ class AntidoteDeltaSpec(MethodSpec):
     def required_inputs(self) -> frozenset[str]:
         return self.needs | set(self.spare)
 
+    @property
+    def regauges(self) -> bool:
+        return True
+
 
 class PanaceaSpec(MethodSpec):
     """Normalised gradient ascent on harmful answers, on the re-gauged factors, after any training."""
@@ -201,6 +214,10 @@ class PanaceaSpec(MethodSpec):
 
     def required_inputs(self) -> frozenset[str]:
         return self.needs | set(self.orthogonal_to) | ({"refusals"} if self.refusal_weight > 0 else set())
+
+    @property
+    def regauges(self) -> bool:
+        return self.regauge
 
 
 class PanaceaBlockSpec(MethodSpec):
@@ -255,6 +272,10 @@ class CsuLoraSpec(MethodSpec):
     strength: float = Field(1.0, ge=0, le=1000, description="multiple of the damping; 1 as published")
     energy: float = Field(0.95, gt=0, le=1, description="share of the alignment's energy its directions must hold")
     outside_weight: float = Field(0.05, ge=0, le=1, description="weight of all energy in the reference energy")
+
+    @property
+    def regauges(self) -> bool:
+        return True
 
 
 class SafeLoraSpec(MethodSpec):
@@ -330,6 +351,10 @@ class SafeDeltaSpec(MethodSpec):
     damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the Hessian")
     max_rows: int = Field(512, ge=1, le=100_000, description="refusals used")
 
+    @property
+    def regauges(self) -> bool:
+        return True
+
 
 class RollbackSpec(MethodSpec):
     """Puts single weights back to their aligned value, guided by how the aligned model looks at harmful prompts."""
@@ -363,6 +388,10 @@ class RollbackSpec(MethodSpec):
 
     def required_inputs(self) -> frozenset[str]:
         return self.needs if self.protect_task else self.needs - {"task"}
+
+    @property
+    def regauges(self) -> bool:
+        return True
 
 
 class PatchSpec(MethodSpec):
@@ -402,7 +431,6 @@ class AnchoredPatchSpec(PatchSpec):
     implementation: ClassVar[str] = "anchored_patch:prepare"
     paper: ClassVar[str] = "this project (docs/methods/anchored-patch.md)"
     gentleness: ClassVar[int] = 62
-    monotone: ClassVar[bool] = True  # docs/methods/anchored-patch.md: the interpolated dial over all cells and seeds
 
     anchor_weight: float = Field(3.0, ge=0, le=1000, description="lambda, shared equally by the two teachers")
     task_teacher: Literal["raw", "base", "rows"] = Field(
@@ -434,6 +462,10 @@ class NoiseSpec(MethodSpec):
     )
     regauge: bool = Field(True, description="balance A and B first, as panacea does")
 
+    @property
+    def regauges(self) -> bool:
+        return self.regauge
+
 
 class RandomMaskSpec(MethodSpec):
     """Zeroes as much as a pruning method would, at random: the control of every pruning method."""
@@ -464,6 +496,10 @@ class RandomMaskSpec(MethodSpec):
     @property
     def output(self) -> Output:
         return "sparse-patch" if self.form == "patch" else "adapter"
+
+    @property
+    def regauges(self) -> bool:
+        return self.of != "factors"
 
 
 SingleSpec = Annotated[

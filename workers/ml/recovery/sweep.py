@@ -15,14 +15,14 @@ from pathlib import Path
 
 from workers.ml.atomic import write_folder
 from workers.ml.candidate import applied
-from workers.ml.errors import LibraryError
+from workers.ml.errors import Cancelled, LibraryError
 from workers.ml.evals.measure import Examiner
 from workers.ml.evals.sets import EvaluationSets
 from workers.ml.gate import GateLimits
 from workers.ml.jsonlines import finite
 from workers.ml.measurements import GateEvidence, Measurement
 from workers.ml.recovery.deltas import relative_change
-from workers.ml.recovery.dial import RecoveryInputs
+from workers.ml.recovery.dial import RecoveryInputs, StrengthPath
 from workers.ml.recovery.drift import Drift
 from workers.ml.recovery.run import prepare
 from workers.ml.recovery.selection import shortcomings
@@ -45,36 +45,62 @@ def sweep(
 
     A method that cannot run gives one record that says why. The adapter ends where it began.
     """
-    progress: Progress = examiner.progress or Silent()
-    limits = limits or GateLimits()
-    raw_vector = tuned.vector.get()
-    drift = Drift(tuned, sets, raw_vector)
-    base, raw = examiner.measure_base(tuned, sets), examiner.measure_raw(tuned, sets, raw_vector)
+    run = _Sweep(tuned, inputs, sets, examiner, limits or GateLimits())
+    yield replace(run.judged(CandidateRecord(RAW, 0.0, {}, label="raw fine-tune")), relative_change=0.0)
+    for spec in specs:
+        yield from run.dial(spec)
 
-    def judged(record: CandidateRecord) -> CandidateRecord:
-        measured = examiner.measure(tuned, sets)
-        task = measured.paired_with(raw)
-        evidence = GateEvidence(base.measures(), raw.measures(), measured.measures(), task)
-        faults = shortcomings(evidence, limits)
-        record = replace(record, looked="full", measures=measured.measures(), task=task, kl=drift())
+
+class _Sweep:
+    """What every point is measured with and compared to."""
+
+    def __init__(
+        self, tuned: TunedModel, inputs: RecoveryInputs, sets: EvaluationSets, examiner: Examiner, limits: GateLimits
+    ) -> None:
+        self._tuned, self._inputs, self._sets, self._examiner, self._limits = tuned, inputs, sets, examiner, limits
+        self._start = tuned.vector.get()
+        self._drift = Drift(tuned, sets, self._start)
+        self._base, self._raw = examiner.measure_base(tuned, sets), examiner.measure_raw(tuned, sets, self._start)
+
+    def judged(self, record: CandidateRecord) -> CandidateRecord:
+        """The record with what the model as it stands shows."""
+        measured = self._examiner.measure(self._tuned, self._sets)
+        task = measured.paired_with(self._raw)
+        evidence = GateEvidence(self._base.measures(), self._raw.measures(), measured.measures(), task)
+        faults = shortcomings(evidence, self._limits)
+        record = replace(record, looked="full", measures=measured.measures(), task=task, kl=self._drift())
         return replace(record, passed=not faults, why="; ".join(faults))
 
-    yield replace(judged(CandidateRecord(RAW, 0.0, {}, label="raw fine-tune")), relative_change=0.0)
-    for spec in specs:
+    def dial(self, spec: MethodSpec) -> Iterator[CandidateRecord]:
+        """One method. A point that cannot be measured costs the others nothing."""
         blank = CandidateRecord(method_name(type(spec)), spec.strength, spec.model_dump(mode="json"), label=label(spec))
         began = time.monotonic()
+        progress: Progress = self._examiner.progress or Silent()
         try:
-            path = prepare(tuned, spec, inputs, progress)
+            path = prepare(self._tuned, spec, self._inputs, progress)
         except LibraryError as error:
-            yield replace(blank, why=f"not tried: {error}")
-            continue
+            yield _failed(blank, error, "not tried")
+            return
         for strength in spec.strengths:
-            candidate = path.at(strength)
-            seconds = time.monotonic() - began
-            with applied(tuned, candidate):
-                record = judged(replace(blank, strength=strength, seconds=seconds, facts=path.facts_at(strength)))
-            yield replace(record, relative_change=relative_change(tuned.vector, candidate, raw_vector))
+            here = replace(blank, strength=strength)
+            try:
+                yield self._point(here, path, began)
+            except LibraryError as error:
+                yield _failed(here, error, "not measured")
             began = time.monotonic()
+
+    def _point(self, record: CandidateRecord, path: StrengthPath, began: float) -> CandidateRecord:
+        candidate = path.at(record.strength)
+        record = replace(record, seconds=time.monotonic() - began, facts=path.facts_at(record.strength))
+        with applied(self._tuned, candidate):
+            record = self.judged(record)
+        return replace(record, relative_change=relative_change(self._tuned.vector, candidate, self._start))
+
+
+def _failed(record: CandidateRecord, error: LibraryError, what: str) -> CandidateRecord:
+    if isinstance(error, Cancelled):
+        raise error
+    return replace(record, why=f"{what}: {error}")
 
 
 def write(folder: Path, records: Sequence[CandidateRecord]) -> None:

@@ -7,7 +7,7 @@ Refuses to know: how a search proceeds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from workers.ml.candidate import Candidate
@@ -78,9 +78,11 @@ class Dial:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """`candidates` are the passing points worth a confirmation, least change first; `winner` records the first.
+    """`candidates` are the passing points worth a confirmation, least change first, `records` theirs in the same order;
+    `winner` is the first of them until `confirmed` says which was decided on.
 
-    `embedding_drift` tells how far each model's view of harmful prompts is from the aligned base's, layer by layer.
+    `embedding_drift` tells how far each model's view of harmful prompts is from the aligned base's, layer by layer;
+    `candidate_drifts` that of each candidate.
     """
 
     raw: CandidateRecord
@@ -89,9 +91,32 @@ class SearchResult:
     dials: tuple[Dial, ...]
     winner: CandidateRecord | None
     candidates: tuple[Candidate, ...]
+    records: tuple[CandidateRecord, ...]
     embedding_drift: Mapping[str, Sequence[float]]
+    candidate_drifts: tuple[Sequence[float], ...]
     evaluations: int
     seconds: float
+
+    def confirmed(self, number: int) -> SearchResult:
+        """The same search once candidate `number` was the last to be confirmed: what is reported, drawn and released
+        must be of one candidate."""
+        if not 0 <= number < len(self.records):
+            return self
+        decided, first = self.records[number], self.winner
+        trace, records = self.trace, self.records
+        if number > 0 and first is not None:
+            changed = {
+                (first.label, first.strength): replace(
+                    first, taken=False, why="the least change on the selection sets, but its confirmation failed"
+                ),
+                (decided.label, decided.strength): replace(
+                    decided, taken=True, why="taken: the least change that was left when a smaller one had failed"
+                ),
+            }
+            trace = tuple(changed.get((one.label, one.strength), one) for one in trace)
+            records = tuple(changed.get((one.label, one.strength), one) for one in records)
+        drift = {**self.embedding_drift, "candidate": self.candidate_drifts[number]}
+        return replace(self, trace=trace, records=records, winner=records[number], embedding_drift=drift)
 
     def as_json(self) -> dict[str, Any]:
         """Everything but the weights."""

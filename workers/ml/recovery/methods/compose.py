@@ -1,7 +1,8 @@
 """Composition: several methods one after the other, each starting where the one before it stopped.
 
 Every part runs at its own strength; the whole has a dial of its own, which interpolates from the raw fine-tune to the
-last part's candidate on the factors. Teachers named "raw" still mean the fine-tune as the customer trained it.
+last part's candidate: on the factors, or on the update (brought back to the job's rank) where a part has split it anew.
+Teachers named "raw" still mean the fine-tune as the customer trained it.
 What it does not do: search the parts' strengths against each other. A pair worth that is a spec of its own.
 """
 
@@ -10,6 +11,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
+from workers.ml.recovery.deltas import mixed
 from workers.ml.recovery.dial import RecoveryInputs, StrengthPath
 from workers.ml.recovery.run import prepare as prepare_part
 from workers.ml.recovery.specs import ComposeSpec, label
@@ -27,5 +31,11 @@ def prepare(tuned: TunedModel, spec: ComposeSpec, inputs: RecoveryInputs, progre
         path = prepare_part(tuned, part, inputs, progress)
         tuned.vector.set(path.at(part.strength).factors)
         facts.append({"part": label(part), "strength": part.strength, **path.facts_of(part.strength)})
-    move = tuned.vector.get() - start
-    return StrengthPath(start, lambda strength: start + strength * move, {"parts": facts})
+    end = tuned.vector.get()
+    if any(part.regauges for part in spec.parts):
+        return StrengthPath(start, lambda strength: _between(tuned, start, end, strength), {"parts": facts})
+    return StrengthPath(start, lambda strength: start + strength * (end - start), {"parts": facts})
+
+
+def _between(tuned: TunedModel, start: Tensor, end: Tensor, strength: float) -> Tensor:
+    return end if strength == 1 else mixed(tuned.vector, start, end, strength)
