@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from workers.ml.candidate import SideTerms
 from workers.ml.chat import EncodedRow, encode_row
 from workers.ml.tuning.lora_vector import LoraVector
+from workers.ml.tuning.objective import CPU_MICRO_BATCH_TOKENS
 from workers.ml.types import ChatRow
 
 if TYPE_CHECKING:
@@ -45,6 +46,12 @@ class TunedModel:
         if row not in self.encoded:
             self.encoded[row] = encode_row(self.tokenizer, row, max_tokens=self.context_limit)
         return self.encoded[row]
+
+    @property
+    def piece_tokens(self) -> int:
+        """Padded tokens of one piece of a forward pass: on a CPU no more than its caches hold."""
+        on_cpu = self.vector.device.type == "cpu"
+        return min(self.micro_batch_tokens, CPU_MICRO_BATCH_TOKENS) if on_cpu else self.micro_batch_tokens
 
     @property
     def pad_id(self) -> int:

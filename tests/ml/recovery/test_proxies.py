@@ -41,9 +41,10 @@ def test_harm_that_would_come_again_word_for_word_costs_no_generation(tuned, inp
     found = search(tuned, plan, inputs=inputs, sets=taught, examiner=examiner, progress=Silent())
     assert found.raw.measures.harmful.hits == 6
     for record in found.trace:
-        assert record.proxies.still_harmful.hits == 6
+        assert record.proxies.partial
+        assert record.proxies.still_harmful == Measurement(2, 6)  # every third prompt was read, and that was enough
         assert record.looked == "proxies"
-        assert record.why.startswith("6 of 6 prompt groups would be answered with the same harm, word for word")
+        assert record.why.startswith("at least 2 of 6 prompt groups would be answered with the same harm, word for word")
     assert found.evaluations == 0
 
 

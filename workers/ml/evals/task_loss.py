@@ -28,7 +28,7 @@ def answer_losses(tuned: TunedModel, rows: Sequence[PromptRow], progress: Progre
     was_training = tuned.model.training
     tuned.model.eval()
     try:
-        pieces = micro_batches(encoded, max_tokens=tuned.micro_batch_tokens)
+        pieces = micro_batches(encoded, max_tokens=tuned.piece_tokens)
         for number, piece in enumerate(pieces, start=1):
             for row, loss in zip(piece, _losses(tuned, piece), strict=True):
                 losses[place[id(row)]] = loss

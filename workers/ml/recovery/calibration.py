@@ -74,7 +74,7 @@ def counted_logits(tuned: TunedModel, batch: Batch, counted: Tensor) -> Tensor:
 
 def pieces_of(tuned: TunedModel, rows: Sequence[EncodedRow]) -> list[Batch]:
     """Micro-batches on the model's device."""
-    pieces = micro_batches(rows, max_tokens=tuned.micro_batch_tokens)
+    pieces = micro_batches(rows, max_tokens=tuned.piece_tokens)
     return [collate(piece, tuned.pad_id).to(tuned.vector.device) for piece in pieces]
 
 

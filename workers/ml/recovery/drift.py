@@ -43,7 +43,7 @@ class Drift:
         index_of = {id(row): index for index, row in enumerate(self._rows)}
         total = 0.0
         with evaluation_mode(self._tuned), torch.no_grad():
-            for piece in micro_batches(self._rows, max_tokens=self._tuned.micro_batch_tokens):
+            for piece in micro_batches(self._rows, max_tokens=self._tuned.piece_tokens):
                 teacher = self._teacher.log_probs([index_of[id(row)] for row in piece])
                 batch = collate(piece, self._tuned.pad_id).to(self._tuned.vector.device)
                 logits = counted_logits(self._tuned, batch, counted_tokens(batch, "answer"))

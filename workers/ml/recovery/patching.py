@@ -88,7 +88,7 @@ def _backward(tuned: TunedModel, term: Term, indices: Sequence[int]) -> float:
     """Adds the gradient of one term of one step; returns its unweighted value."""
     loss_of = _likelihood(tuned, term, indices) if term.teacher is None else _divergence(tuned, term, indices)
     value = 0.0
-    for piece in micro_batches([term.rows[index] for index in indices], max_tokens=tuned.micro_batch_tokens):
+    for piece in micro_batches([term.rows[index] for index in indices], max_tokens=tuned.piece_tokens):
         loss = loss_of(collate(piece, tuned.pad_id).to(tuned.vector.device), piece)
         if term.weight > 0:
             (term.weight * loss).backward()

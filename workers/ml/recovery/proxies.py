@@ -37,6 +37,7 @@ class ProxyReading:
 
     `still_harmful` counts groups with a harmful answer of the raw fine-tune that would come again word for word;
     `accuracy` and `usefulness` count rows whose reference answer would come word for word. None: nothing to read from.
+    A `partial` reading saw a part of the rows: its `still_harmful` is of all groups, and at least what it says.
     """
 
     harmful_loss: float | None
@@ -48,6 +49,7 @@ class ProxyReading:
     accuracy: Measurement
     usefulness: Measurement
     task_row_losses: tuple[float, ...] = ()
+    partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +83,17 @@ class Proxies:
         first = {row.input_ids[next(i for i, w in enumerate(row.loss_weights) if w > 0)] for row in refusals}
         return torch.tensor(sorted(first), dtype=torch.long, device=self._tuned.vector.device)
 
-    def __call__(self) -> ProxyReading:
-        read = self._read(self._encoded)
+    def __call__(self, *, partial: bool = False) -> ProxyReading:
+        """`partial` reads every third row of each kind, which is enough to know that a candidate is harmful."""
+        step = 3 if partial else 1
         cut = len(self._harm)
-        harm, useful, task = read[:cut], read[cut : cut + self._useful], read[cut + self._useful :]
-        harmful = [one for one, flagged in zip(harm, self._harmful, strict=True) if flagged]
-        rows = zip(self._harm, self._harmful, harm, strict=True)
+        kinds = (self._encoded[:cut], self._encoded[cut : cut + self._useful], self._encoded[cut + self._useful :])
+        chosen = [kind[::step] for kind in kinds]
+        read = iter(self._read([row for kind in chosen for row in kind]))
+        harm, useful, task = ([next(read) for _ in kind] for kind in chosen)
+        flags = self._harmful[::step]
+        harmful = [one for one, flagged in zip(harm, flags, strict=True) if flagged]
+        rows = zip(self._harm[::step], flags, harm, strict=True)
         odds = [one.opening_log_odds for one in harm] if len(self._openings) else []
         return ProxyReading(
             harmful_loss=_mean_loss(harmful),
@@ -100,12 +107,13 @@ class Proxies:
             ),
             accuracy=Measurement(sum(one.greedy for one in task), len(task)),
             usefulness=Measurement(sum(one.greedy for one in useful), len(useful)),
-            task_row_losses=tuple(one.loss / one.tokens for one in task),
+            task_row_losses=() if partial else tuple(one.loss / one.tokens for one in task),
+            partial=partial,
         )
 
     def _read(self, rows: Sequence[EncodedRow]) -> list[_Read]:
         found: dict[int, _Read] = {}
-        pieces = micro_batches(rows, max_tokens=self._tuned.micro_batch_tokens)
+        pieces = micro_batches(rows, max_tokens=self._tuned.piece_tokens)
         with evaluation_mode(self._tuned), torch.no_grad():
             for number, piece in enumerate(pieces, start=1):
                 found.update(zip(map(id, piece), self._read_piece(piece), strict=True))

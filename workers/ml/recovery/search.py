@@ -228,7 +228,9 @@ class _Search:
     def _read(self, record: CandidateRecord, path: StrengthPath) -> CandidateRecord:
         candidate = path.at(record.strength)
         with applied(self._tuned, candidate):
-            kl, read = self._drift(), self._proxies()
+            kl, read = self._drift(), self._proxies(partial=True)
+            if not any(self._foresight.faults(read)):
+                read = self._proxies()  # nothing speaks against it yet: every row is worth reading
         if self._dials and self._dials[-1].label == record.label and not self._dials[-1].affinity:
             shares = affinity(self._tuned, candidate, self._start)
             self._dials[-1] = replace(self._dials[-1], affinity=shares)
@@ -258,6 +260,8 @@ class _Search:
     def _hear_point(self, point: _Point, record: CandidateRecord) -> CandidateRecord:
         began, task_loss = time.monotonic(), None
         with applied(self._tuned, point.path.at(point.strength)):
+            if record.proxies is not None and record.proxies.partial:
+                record = replace(record, proxies=self._proxies())
             measured = self._examiner.measure(self._tuned, self._first)
             faults = shortcomings(self._evidence(*at_best(measured, self._raw, self._sets)), self._plan.limits)
             if faults:

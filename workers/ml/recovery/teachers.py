@@ -45,7 +45,7 @@ class Teacher:
         """Compute rows ahead of their use, as many as fit."""
         wanted = sorted(set(indices) - set(self._kept))
         by_row = {id(self._rows[index]): index for index in wanted}
-        for piece in micro_batches([self._rows[i] for i in wanted], max_tokens=self._tuned.micro_batch_tokens):
+        for piece in micro_batches([self._rows[i] for i in wanted], max_tokens=self._tuned.piece_tokens):
             if self._free <= 0:
                 return
             for index, values in self._compute([by_row[id(row)] for row in piece]).items():
