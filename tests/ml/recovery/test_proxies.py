@@ -44,7 +44,9 @@ def test_harm_that_would_come_again_word_for_word_costs_no_generation(tuned, inp
         assert record.proxies.partial
         assert record.proxies.still_harmful == Measurement(2, 6)  # every third prompt was read, and that was enough
         assert record.looked == "proxies"
-        assert record.why.startswith("at least 2 of 6 prompt groups would be answered with the same harm, word for word")
+        assert record.why.startswith(
+            "at least 2 of 6 prompt groups would be answered with the same harm, word for word"
+        )
     assert found.evaluations == 0
 
 
