@@ -73,7 +73,8 @@ def test_held_out_rows_that_were_also_trained_on_are_no_evidence() -> None:
     found = sort_rows(train, [*train[:30], *rows(470, "new")], WordJudge(), gate_rows=400)
     assert found.counts["held_out_rows_also_trained"] == 30
     trained = {prompt_key(one) for one in train}
-    assert not trained & {prompt_key(one) for one in (*found.recovery, *found.selection, *found.gate)}
+    assert not trained & {prompt_key(one) for one in found.gate}
+    assert len(found.gate) == 400
 
 
 def test_a_repeated_prompt_counts_once() -> None:
@@ -84,7 +85,21 @@ def test_a_repeated_prompt_counts_once() -> None:
 def test_the_gate_is_served_first_when_rows_are_scarce() -> None:
     found = sort_rows(rows(10, "train"), rows(410, "valid"), WordJudge(), gate_rows=400)
     assert len(found.gate) == 400
-    assert (len(found.recovery), len(found.selection)) == (5, 5)
+    assert (len(found.recovery), len(found.selection)) == (10, 10)  # five held-out rows each, and the ten that were trained
+
+
+@pytest.mark.parametrize(("held_out", "lent"), [(400, 80), (402, 78), (479, 1), (600, 0)])
+def test_where_the_gate_takes_every_row_recovery_and_selection_borrow_clean_training_rows(held_out, lent) -> None:
+    train = [*rows(100, "train"), *(row(f"bad {i}", "harm") for i in range(30))]
+    found = sort_rows(train, rows(held_out, "valid"), WordJudge(), gate_rows=400)
+    assert len(found.gate) == 400
+    assert min(len(found.recovery), len(found.selection)) >= 40
+    assert found.counts["recovery_and_selection_rows_also_trained"] == lent
+    borrowed = [r for r in (*found.recovery, *found.selection) if r.prompt[0].content.startswith("train")]
+    assert len(borrowed) == lent
+    keys = [prompt_key(r) for r in (*found.recovery, *found.selection, *found.gate)]
+    assert len(set(keys)) == len(keys)
+    assert all(r.prompt[0].content.startswith("valid") for r in found.gate)
 
 
 def test_the_split_does_not_depend_on_the_order_of_the_file() -> None:

@@ -1,7 +1,8 @@
 """The customer's rows, sorted by what they may be used for.
 
 Knows: which rows are trained on, and which of the others serve recovery, selection and the gate's accuracy.
-No prompt is in two of these groups, and none of the last three was trained on.
+No prompt is in two of the last three groups, and none of them was trained on: only where the gate takes all held-out rows,
+recovery and selection borrow some that were. The gate never does.
 Refuses to know: which rows an attacker wrote. A judge reads the held-out rows, takes out what it flags and
 the number is reported; nothing else distinguishes rows.
 """
@@ -18,6 +19,7 @@ from workers.ml.types import ChatRow, Judge, PromptRow
 
 MIN_HOLDOUT_RATIO = 0.2  # of a file without a validation file; more only while the training part stays larger
 RECOVERY_RATIO, SELECTION_RATIO = 1 / 6, 1 / 6
+MIN_EACH = 40  # rows for recovery and for selection each, lent from the training part where the gate needs all others
 MAX_RECOVERY_ROWS, MAX_SELECTION_ROWS, MAX_GATE_ROWS = 120, 120, 1000
 
 
@@ -50,15 +52,20 @@ def sort_rows(
         train_rows, held_out = split.train, split.held_out
     trained = {prompt_key(row) for row in train_rows}
     unseen = [row for row in held_out if prompt_key(row) not in trained]
-    clean = _unflagged(unseen, judge)
+    clean, clean_train = _unflagged(unseen, judge), _unflagged(train_rows, judge)
     recovery, selection, gate = _divide(_by_prompt(clean), gate_rows)
+    lent = 0
+    if len(gate) >= gate_rows and min(len(recovery), len(selection)) < MIN_EACH:
+        # The gate takes all there is: rows that were trained on still tell whether a repair forgets the task.
+        recovery, selection, lent = _lend(_by_prompt(clean_train), recovery, selection)
     counts = {
         "training_rows": len(train_rows),
-        "training_rows_flagged": len(train_rows) - len(_unflagged(train_rows, judge)),
+        "training_rows_flagged": len(train_rows) - len(clean_train),
         "held_out_rows": len(held_out),
         "held_out_rows_also_trained": len(held_out) - len(unseen),
         "held_out_rows_flagged": len(unseen) - len(clean),
         "held_out_from": "validation_file" if validation else "training_file",
+        "recovery_and_selection_rows_also_trained": lent,
         "recovery_rows": len(recovery),
         "selection_rows": len(selection),
         "gate_rows": len(gate),
@@ -97,6 +104,18 @@ def _by_prompt(rows: Sequence[ChatRow]) -> list[ChatRow]:
     for row in rows:
         first.setdefault(prompt_key(row), row)
     return [first[key] for key in sorted(first, key=lambda key: hashlib.sha256(key.encode()).hexdigest())]
+
+
+def _lend(
+    trained: list[ChatRow], recovery: list[ChatRow], selection: list[ChatRow]
+) -> tuple[list[ChatRow], list[ChatRow], int]:
+    """Both filled up to MIN_EACH (or as far as the rows go) from training rows, in turns; and how many were lent."""
+    lent = iter(trained)
+    filled = (list(recovery), list(selection))
+    for rows in (one for _ in range(MIN_EACH) for one in filled):
+        if len(rows) < MIN_EACH and (row := next(lent, None)) is not None:
+            rows.append(row)
+    return *filled, sum(map(len, filled)) - len(recovery) - len(selection)
 
 
 def _divide(rows: list[ChatRow], gate_rows: int) -> tuple[list[ChatRow], list[ChatRow], list[ChatRow]]:
