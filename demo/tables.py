@@ -58,6 +58,8 @@ def methods_table(report: Mapping[str, Any]) -> Table:
         cells = (line["harmful_score"], line["usefulness"], line["accuracy"])
         foreseen = "~" if line["looked"] == "proxies" else ""  # read from proxies, no answer was generated
         shown = ["-" if value is None else f"{foreseen}{value:.0%}" for value in cells]
+        if foreseen and cells[0] is not None:
+            shown[0] = f"≥ {cells[0]:.0%}"  # harm that is certain; there may be more
         table.add_row(line["label"], f"{line['strength']:g}", *shown, kl, shorten(line["why"]))
     return table
 
