@@ -85,7 +85,10 @@ def test_a_repeated_prompt_counts_once() -> None:
 def test_the_gate_is_served_first_when_rows_are_scarce() -> None:
     found = sort_rows(rows(10, "train"), rows(410, "valid"), WordJudge(), gate_rows=400)
     assert len(found.gate) == 400
-    assert (len(found.recovery), len(found.selection)) == (10, 10)  # five held-out rows each, and the ten that were trained
+    assert (len(found.recovery), len(found.selection)) == (
+        10,
+        10,
+    )  # five held-out rows each, and the ten that were trained
 
 
 @pytest.mark.parametrize(("held_out", "lent"), [(400, 80), (402, 78), (479, 1), (600, 0)])
