@@ -99,6 +99,31 @@ def test_a_stronger_point_stands_by_for_a_second_confirmation(tuned, inputs, pla
     assert len(found.candidates) == 2
 
 
+def test_what_is_reported_is_what_was_confirmed_last(tuned, inputs, planted):
+    found = look_for(tuned, planted(harmless_from=0.4), inputs, (ScaleDownSpec(dial=(0.2, 0.5, 0.6)),))
+    assert [record.strength for record in found.records] == [0.5, 0.6]
+    second = found.confirmed(1)
+    assert (second.winner.strength, second.winner.taken) == (0.6, True)
+    assert {record.strength: record.taken for record in second.trace} == {0.2: False, 0.5: False, 0.6: True}
+    assert "its confirmation failed" in second.trace[1].why
+    assert second.embedding_drift["candidate"] == found.candidate_drifts[1]
+    assert found.confirmed(0).winner == found.winner
+
+
+def test_one_failing_point_costs_neither_its_dial_nor_the_search(tuned, inputs, planted, monkeypatch):
+    """The point in the middle is not finite: its record says so, and the one above it is found."""
+    prepare = search_module.prepare
+
+    def broken(tuned, spec, inputs, progress):
+        path = prepare(tuned, spec, inputs, progress)
+        return replace(path, move=lambda s: path.move(s) * (float("nan") if s == 0.5 else 1.0))
+
+    monkeypatch.setattr(search_module, "prepare", broken)
+    found = look_for(tuned, planted(harmless_from=0.4), inputs, (ScaleDownSpec(dial=(0.45, 0.5, 0.6)),))
+    assert [record.passed for record in found.trace] == [True, False, True]
+    assert "not finite" in found.trace[1].why
+
+
 def test_a_search_in_which_nothing_passes_ends_empty(tuned, inputs, planted):
     examiner = planted(harmless_from=0.4, useless_from=0.1)
     found = look_for(tuned, examiner, inputs, (ScaleDownSpec(), RandomMaskSpec()))

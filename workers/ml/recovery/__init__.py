@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from workers.ml.recovery.library import Data, Result, load, read_data, recover, save
     from workers.ml.recovery.run import prepare
     from workers.ml.recovery.search import search
+    from workers.ml.recovery.sparse_files import load_patch, merge_into
     from workers.ml.recovery.specs import SPECS, default_specs, parse_spec
     from workers.ml.recovery.sweep import sweep
     from workers.ml.recovery.trace import SearchPlan, SearchResult
@@ -24,6 +25,7 @@ _HOMES = {
     "workers.ml.recovery.library": ("Data", "Result", "load", "read_data", "recover", "save"),
     "workers.ml.recovery.run": ("prepare",),
     "workers.ml.recovery.search": ("search",),
+    "workers.ml.recovery.sparse_files": ("load_patch", "merge_into"),
     "workers.ml.recovery.specs": ("SPECS", "default_specs", "parse_spec"),
     "workers.ml.recovery.sweep": ("sweep",),
     "workers.ml.recovery.trace": ("SearchPlan", "SearchResult"),
@@ -45,6 +47,8 @@ __all__ = [
     "applied",
     "default_specs",
     "load",
+    "load_patch",
+    "merge_into",
     "parse_spec",
     "prepare",
     "read_data",
